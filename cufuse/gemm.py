@@ -1,0 +1,122 @@
+"""The projection ``x W^T`` with the order of a tensor core."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cufuse import _arrays, named_recipes
+from cufuse.bf16 import bfloat16, nearest
+from cufuse.emulation import cublas, tensor_core
+from cufuse.emulation.cublas import AssumedSlicesWarning
+from cufuse.recipe import Gemm, Recipe
+
+_RECORDED_CORE = "sm_90"
+
+
+def linear(
+    x: Any, weight: Any, *, recipe: str | Recipe = "torch", k_slices: int | None = None, out: Any = None
+) -> Any:
+    """Matrix product with a weight stored row by row, as ``torch.nn.functional.linear`` without a bias.
+
+    Formula: ``out[..., n] = sum over k of x[..., k] * weight[n, k]``: K ascending, one tensor-core block at a time on one float32
+    accumulator (``cufuse.emulation.tensor_core``), slices of K added in float32 first to last, then rounded if the recipe says.
+
+    Parameters
+    ----------
+    x : [..., K], bfloat16; float32 too where the recipe's projection takes float32 (split exactly into three bfloat16 parts).
+    weight : [N, K], bfloat16.
+    recipe : name or Recipe; ``recipe.gemm`` is used.
+    k_slices : number of slices of K; None takes the recipe's. Where the recipe says "cublas", the number is recorded (the Qwen3
+        projections at M <= 8192 on an H200) or asked from the installed cuBLASLt (CuPy arrays); where neither knows,
+        one slice is assumed, with an AssumedSlicesWarning.
+    out : [..., N] array of the result's dtype to write to; it may not overlap an input.
+
+    Returns
+    -------
+    [..., N], bfloat16 or float32 (``recipe.gemm.output``).
+
+    Special values: a NaN, infinity times zero, or infinities of both signs give NaN (0x7FFF in bfloat16); a zero sum is +0.
+    Accuracy: the bits of the recipe. Each block truncates toward zero: with u = 2**-23 and B = ceil(K/16) + slices steps, the
+    accumulator is within about B * 17 * u of the largest partial sum's magnitude of the exact sum.
+
+    Raises TypeError for kinds and dtypes, ValueError for shapes, k_slices and an overlapping ``out``.
+    """
+    numerics = named_recipes.get(recipe)
+    gemm = numerics.gemm
+    backend = _arrays.backend(x=x, weight=weight, out=out)
+    _check(x, weight, numerics, k_slices)
+    n, k = weight.shape
+    dtype = bfloat16 if gemm.output == "bfloat16" else np.dtype(np.float32)
+    result = _arrays.output(out, (*x.shape[:-1], n), dtype, backend, x)
+    if result.size == 0:
+        return result
+    if backend == "cupy":
+        from cufuse import _gpu_gemm
+
+        return _gpu_gemm.linear(x, weight, gemm, k_slices, result)
+    with _arrays.no_overlap(out, x=x, weight=weight):
+        rows = np.ascontiguousarray(x).reshape(-1, k)
+        slices = slices_of(rows.shape[0], n, k, gemm, k_slices)
+        result[...] = project(rows, weight, gemm, slices).reshape(result.shape)
+    return result
+
+
+def project(
+    x: np.ndarray, weight: np.ndarray, gemm: Gemm, k_slices: int, progress: Callable[[float], None] | None = None
+) -> np.ndarray:
+    """The emulation behind ``linear``: rows [M, K] (bfloat16, or float32 for a float32 recipe) times weight [N, K]^T."""
+    activations: Any = x
+    if x.dtype == np.float32:
+        # parts that are zero everywhere leave an accumulator as it is: it has fewer bits than a block keeps
+        parts = tensor_core.split_float32(x)
+        activations = tuple(part for part in parts[:1]) + tuple(part for part in parts[1:] if part.astype(bool).any())
+    total = tensor_core.matmul(activations, weight, core=gemm.core, k_slices=k_slices, progress=progress)
+    return nearest(total) if gemm.output == "bfloat16" else total
+
+
+def slices_of(m: int, n: int, k: int, gemm: Gemm, k_slices: int | None = None) -> int:
+    """The slices of K that a NumPy product takes; one, with an AssumedSlicesWarning, where cuBLAS's answer is not recorded."""
+    if k_slices is not None:
+        return k_slices
+    if gemm.k_slices != "cublas":
+        return gemm.k_slices
+    recorded = cublas.recorded_slices(m, n, k) if gemm.core == _RECORDED_CORE else None
+    if recorded is None:
+        warnings.warn(
+            f"how cuBLAS cuts K for M = {m}, N = {n}, K = {k} on {gemm.core} is not recorded: one slice assumed; "
+            "give k_slices if you know it",
+            AssumedSlicesWarning,
+            stacklevel=3,
+        )
+        return 1
+    return recorded
+
+
+def check_slices(k_slices: int | None) -> None:
+    """ValueError unless k_slices is None or an integer >= 1."""
+    if k_slices is not None and (isinstance(k_slices, bool) or not isinstance(k_slices, (int, np.integer)) or k_slices < 1):
+        raise ValueError(f"k_slices is {k_slices!r}; needed is an integer >= 1, or None for the recipe's")
+
+
+def check_projection_weight(name: str, weight: Any) -> None:
+    """TypeError unless a projection's weight is bfloat16."""
+    if weight.dtype != bfloat16:
+        raise TypeError(
+            f"{name} has dtype {weight.dtype}; needed is bfloat16: round it with cufuse.round_to_bf16 (from float32 or float64)"
+        )
+
+
+def _check(x: Any, weight: Any, recipe: Recipe, k_slices: int | None) -> None:
+    if x.dtype != bfloat16 and not (x.dtype == np.float32 and recipe.gemm.input == "float32"):
+        takes = "bfloat16" if recipe.gemm.input == "bfloat16" else "bfloat16 or float32"
+        raise TypeError(
+            f"x has dtype {x.dtype}; the projection of recipe {recipe.name!r} takes {takes}: round it with cufuse.round_to_bf16"
+        )
+    check_projection_weight("weight", weight)
+    check_slices(k_slices)
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {weight.shape}; needed is [N, K] with K >= 1")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {x.shape}; needed is [..., {weight.shape[1]}], the K of weight {weight.shape}")

@@ -1,0 +1,335 @@
+"""The analysis of one attention layer under every recipe: where they part, by how much, and which rounding did it.
+
+``analyse`` returns a ``Report``, a plain dataclass; ``Report.to_json`` is its documented form (schema 1), ``cufuse.report_text``
+prints it and ``cufuse.report_plot`` draws it. ``cufuse report`` is the same from the command line.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cufuse import gemm, named_recipes, oracle, qkv
+from cufuse.bf16 import nearest, to_bits, ulp_distance
+from cufuse.checkpoint import AttentionLayer
+from cufuse.emulation import cublas
+from cufuse.emulation.cublas import AssumedSlicesWarning
+from cufuse.explanation import Worst, explain_worst
+from cufuse.recipe import Recipe
+from cufuse.rope import rope_tables
+
+SCHEMA = 1
+
+OPTIONS = {
+    "PyTorch path": "torch",
+    "fused kernel, late rounding": "late-rounding",
+    "option 1: PyTorch's rounding points, one call": "torch",
+    "option 2: float32 throughout": "float32",
+    "option 3: K norm apart": "separate-k-norm",
+}
+"""The rows of the rounding study that cufuse grew from, and the recipe of each."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one recipe.
+
+    ``mismatches``, ``max_abs_diff`` and ``max_ulp_diff`` compare with the reference recipe, on bfloat16: a stage that a recipe
+    leaves in float32 is rounded for this, as its next reader would do. ``max_abs_error`` and ``rms_error`` are the distance of
+    the stage as it is (unrounded where float32) from the float64 oracle; ``max_ulp_error`` that of its bfloat16 from the
+    oracle's, rounded once.
+    """
+
+    outputs: int
+    mismatches: int
+    max_abs_diff: float
+    max_ulp_diff: int
+    max_abs_error: float
+    rms_error: float
+    max_ulp_error: int
+
+    @property
+    def share(self) -> float:
+        """The mismatches' share of the outputs."""
+        return self.mismatches / self.outputs if self.outputs else 0.0
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """A recipe's stages; ``amplification`` is the largest difference after the K norm over that before it (None: no
+    difference before); ``worst`` explains the largest difference of the last key stage (None: there is none)."""
+
+    stages: dict[str, Stage]
+    amplification: float | None
+    worst: Worst | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the study's table: what becomes of k before and after its norm, against the PyTorch path."""
+
+    recipe: str
+    k: Stage
+    k_normed: Stage | None
+    amplification: float | None
+    all_bits_equal: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """One layer under every recipe. Fields as in the JSON form (``to_json``)."""
+
+    model: str
+    layer: int
+    tokens: int
+    reference: str
+    arch: str
+    form: str
+    synthetic: bool
+    max_k_norm_weight: float | None
+    recipes: dict[str, RecipeResult]
+    options: dict[str, Option]
+    notes: tuple[str, ...]
+    samples: dict[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
+    """For plots: "k_norm_weight" [D] and, per recipe, the largest difference of "k_normed" in every channel [D]."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented form, schema 1: model, layer, tokens, reference, arch, form, synthetic, max_k_norm_weight, notes,
+        ``recipes: {name: {"stages": {stage: {...}}, "amplification", "worst"}}``, ``options``: the fields of the dataclasses."""
+        content = dataclasses.asdict(dataclasses.replace(self, samples={}))
+        del content["samples"]
+        return {"schema": SCHEMA, **content}
+
+
+def analyse(
+    layer: AttentionLayer,
+    hidden_states: np.ndarray,
+    *,
+    recipes: Sequence[str | Recipe] | None = None,
+    reference: str | Recipe = "torch",
+    arch: str = "sm_90",
+    separate: bool = True,
+    first_position: int = 0,
+    notes: Sequence[str] = (),
+    progress: Callable[[str, float], None] | None = None,
+) -> Report:
+    """Run a layer's norm, projections, head norms and rotation under each recipe and compare.
+
+    Parameters
+    ----------
+    layer : its attention weights (``cufuse.checkpoint`` or ``cufuse.synthetic``).
+    hidden_states : [T, K] bfloat16, the layer's input.
+    recipes : names or Recipes; None takes all named ones. The reference is always among the results.
+    reference : what the others are compared with.
+    arch : the tensor core of all recipes ("sm_80" for an A100, "sm_90" for an H100 or H200, ...).
+    separate : q, k and v projected separately, as Hugging Face does, or from one packed weight.
+    first_position : position of the first token, for the rotation.
+    notes : remarks of the caller on the input, kept in the report.
+    progress : called with a recipe's name and the fraction done.
+
+    Raises TypeError and ValueError as the operations do.
+    """
+    chosen = _chosen(recipes, reference, arch)
+    reference_name = named_recipes.get(reference).name
+    block = _Block(layer, hidden_states, separate, first_position)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AssumedSlicesWarning)
+        for number, recipe in enumerate(chosen):
+            if progress is not None:
+                progress(recipe.name, number / len(chosen))
+            found[recipe.name] = block.run(recipe)
+    if progress is not None:
+        progress("oracle", 1.0)
+    truths = {offset: block.oracle(offset) for offset in {recipe.norm.weight_offset for recipe in chosen}}
+    expected = found[reference_name]
+    by_name = {recipe.name: recipe for recipe in chosen}
+    results = {}
+    for name, stages in found.items():
+        truth = truths[by_name[name].norm.weight_offset]
+        compared = {stage: _compare(stages[stage], expected[stage], truth[stage]) for stage in stages}
+        worst = None
+        if name != reference_name:
+            worst = explain_worst(block, by_name[reference_name], by_name[name], expected, stages)
+        results[name] = RecipeResult(compared, _amplification(compared), worst)
+    return Report(
+        model=layer.config.name,
+        layer=layer.index,
+        tokens=len(hidden_states),
+        reference=reference_name,
+        arch=arch,
+        form="separate" if separate else "packed",
+        synthetic=layer.synthetic,
+        max_k_norm_weight=None if layer.k_norm is None else float(np.abs(layer.k_norm.astype(np.float32)).max()),
+        recipes=results,
+        options=_options(block, by_name, found, truths),
+        notes=(*notes, *_notes(layer, arch, chosen, [str(one.message) for one in caught if one.category is AssumedSlicesWarning])),
+        samples=_samples(layer, found, reference_name),
+    )
+
+
+class _Block:
+    """The layer's inputs in the form of ``qkv.stages``, and a memory of its projections: recipes that agree up to the
+    projection share it."""
+
+    def __init__(self, layer: AttentionLayer, hidden_states: np.ndarray, separate: bool, first_position: int) -> None:
+        config = layer.config
+        self.layer = layer
+        self.heads = qkv.Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.eps = config.rms_norm_eps
+        self.separate = (layer.q_proj, layer.k_proj, layer.v_proj)
+        self.weights = self.separate if separate else (layer.qkv_proj,)
+        self.positions = np.arange(first_position, first_position + len(hidden_states))
+        self.tables = {
+            dtype: rope_tables(self.positions, config.head_dim, base=config.rope_theta, dtype=dtype)
+            for dtype in ("bfloat16", "float32")
+        }
+        self.inputs = {
+            "x": hidden_states,
+            "residual": None,
+            "norm_weight": layer.input_norm,
+            "q_norm_weight": layer.q_norm,
+            "k_norm_weight": layer.k_norm,
+        }
+        self.products: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def given(self, recipe: Recipe) -> dict[str, Any]:
+        cos, sin = self.tables[recipe.rope.tables]
+        return self.inputs | {"cos": cos, "sin": sin}
+
+    def run(self, recipe: Recipe) -> dict[str, np.ndarray]:
+        given = self.given(recipe)
+        numbered = {f"qkv_weight[{index}]": weight for index, weight in enumerate(self.weights)}
+        qkv.check(given | numbered, self.weights, recipe, self.heads.heads, self.heads.kv_heads, self.heads.head_dim)
+        return qkv.stages(given, self.weights, self.heads, self.eps, recipe, projected=self._project)
+
+    def one_call(self, recipe: Recipe) -> tuple[np.ndarray, ...]:
+        given = self.given(recipe)
+        weights: Any = self.weights if len(self.weights) == 3 else self.weights[0]
+        return qkv.rms_norm_qkv(
+            given["x"],
+            given["norm_weight"],
+            weights,
+            given["q_norm_weight"],
+            given["k_norm_weight"],
+            eps=self.eps,
+            cos=given["cos"],
+            sin=given["sin"],
+            heads=self.heads.heads,
+            head_dim=self.heads.head_dim,
+            recipe=recipe,
+        )
+
+    def oracle(self, weight_offset: float) -> dict[str, np.ndarray]:
+        cos, sin = oracle.rope_angles(self.positions, self.heads.head_dim, base=self.layer.config.rope_theta)
+        return oracle.qkv_stages(
+            self.inputs["x"],
+            self.layer.input_norm,
+            self.separate,
+            self.layer.q_norm,
+            self.layer.k_norm,
+            self.heads.head_dim,
+            eps=self.eps,
+            cos=cos,
+            sin=sin,
+            weight_offset=weight_offset,
+        )
+
+    def _project(self, x: np.ndarray, weight: np.ndarray, numerics: Any, k_slices: int) -> np.ndarray:
+        unrounded = dataclasses.replace(numerics, output="float32")
+        key = (x.tobytes(), x.dtype.str, id(weight), unrounded.core, k_slices)
+        if key not in self.products:
+            self.products[key] = gemm.project(x, weight, unrounded, k_slices)
+        product = self.products[key]
+        return nearest(product) if numerics.output == "bfloat16" else product
+
+
+def _chosen(recipes: Sequence[str | Recipe] | None, reference: str | Recipe, arch: str) -> list[Recipe]:
+    wanted = [named_recipes.get(one) for one in (named_recipes.RECIPES if recipes is None else recipes)]
+    first = named_recipes.get(reference)
+    ordered = [first] + [one for one in wanted if one.name != first.name]
+    return [one.on(arch) for one in {one.name: one for one in ordered}.values()]
+
+
+def _compare(value: np.ndarray, expected: np.ndarray, truth: np.ndarray) -> Stage:
+    a, b = _as_bf16(value), _as_bf16(expected)
+    wide = value.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
+        error = np.abs(wide - truth.reshape(wide.shape))
+    return Stage(
+        outputs=a.size,
+        mismatches=int(np.count_nonzero(to_bits(a) != to_bits(b))),
+        max_abs_diff=float(difference.max(initial=0.0)),
+        max_ulp_diff=int(ulp_distance(a, b).max(initial=0)),
+        max_abs_error=float(error.max(initial=0.0)),
+        rms_error=float(np.sqrt(np.mean(error * error))) if error.size else 0.0,
+        max_ulp_error=int(ulp_distance(a, oracle.rounded(truth).reshape(a.shape)).max(initial=0)),
+    )
+
+
+def _as_bf16(value: np.ndarray) -> np.ndarray:
+    return nearest(value) if value.dtype == np.float32 else value
+
+
+def _amplification(stages: dict[str, Stage]) -> float | None:
+    if "k_normed" not in stages or stages["k"].max_abs_diff == 0:
+        return None
+    return stages["k_normed"].max_abs_diff / stages["k"].max_abs_diff
+
+
+def _options(
+    block: _Block,
+    recipes: dict[str, Recipe],
+    found: dict[str, dict[str, np.ndarray]],
+    truths: dict[float, dict[str, np.ndarray]],
+) -> dict[str, Option]:
+    """The study's table, where its recipes are among those asked for. Option 1 is run once more, in one call."""
+    table = {}
+    for title, name in OPTIONS.items():
+        if name not in found or "torch" not in found:
+            continue
+        path, truth = found["torch"], truths[recipes[name].norm.weight_offset]
+        stages = {stage: _compare(found[name][stage], path[stage], truth[stage]) for stage in path}
+        equal = all(stage.mismatches == 0 for stage in stages.values())
+        if "one call" in title:
+            last = [next(path[stage] for stage in order if stage in path) for order in qkv.LAST_STAGES]
+            outputs = block.one_call(recipes[name])
+            equal = all((to_bits(a) == to_bits(b)).all() for a, b in zip(outputs, last, strict=True))
+        table[title] = Option(name, stages["k"], stages.get("k_normed"), _amplification(stages), equal)
+    return table
+
+
+def _notes(layer: AttentionLayer, arch: str, recipes: list[Recipe], assumed: list[str]) -> tuple[str, ...]:
+    notes = []
+    if layer.synthetic:
+        notes.append("The weights are synthetic: shapes and the largest K-norm weights are Qwen3's, all else is made up.")
+    notes += [
+        f"{recipe.name} multiplies by weight + {recipe.norm.weight_offset:g}, another formula than {recipes[0].name}: what differs "
+        "there is not rounding alone."
+        for recipe in recipes
+        if recipe.norm.weight_offset != recipes[0].norm.weight_offset
+    ]
+    notes += list(dict.fromkeys(assumed))
+    notes.append(
+        f"Slices of K as recorded from cuBLASLt ({cublas.provenance()})."
+        if arch == "sm_90"
+        else f"Nothing was measured on {arch}: tensor core as published, rsqrt as on sm_90."
+    )
+    if layer.config.assumed:
+        notes.append("Not stated in the file, assumed: " + ", ".join(layer.config.assumed) + ".")
+    return tuple(notes)
+
+
+def _samples(layer: AttentionLayer, found: dict[str, dict[str, np.ndarray]], reference: str) -> dict[str, np.ndarray]:
+    if layer.k_norm is None:
+        return {}
+    expected = _as_bf16(found[reference]["k_normed"]).astype(np.float32)
+    samples = {"k_norm_weight": layer.k_norm.astype(np.float32)}
+    for name, stages in found.items():
+        difference = np.abs(_as_bf16(stages["k_normed"]).astype(np.float32) - expected)
+        samples[name] = difference.max(axis=(0, 1))
+    return samples

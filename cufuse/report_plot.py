@@ -1,0 +1,63 @@
+"""A report as two pictures: the error along the stages, and the difference against the K-norm weight."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from cufuse.report import Report
+
+_MARKERS = "os^vD<>Phx*+"
+_FLOOR = 1e-12  # a logarithmic axis has no zero
+
+
+def plot(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write both pictures into one file; its ending (.png, .svg, .pdf) decides the format.
+
+    Left: root-mean-square error against the float64 oracle, stage by stage. Right: for every channel of a head its largest
+    difference from the reference after the K norm, against the channel's K-norm weight.
+    Raises ImportError, naming the extra, without matplotlib; OSError and ValueError as matplotlib does for the file.
+    """
+    figure = draw(report)
+    figure.savefig(path, dpi=150)
+
+
+def draw(report: Report) -> Any:
+    """The pictures as a matplotlib Figure, for notebooks."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; install it with pip install 'cufuse[plot]'") from error
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    stages = list(report.recipes[report.reference].stages)
+    groups = _alike(report, stages)
+    # grey levels and markers, so that it reads without colour
+    shades = np.linspace(0.0, 0.6, len(groups))
+    for number, names in enumerate(groups):
+        style = {"color": str(shades[number]), "marker": _MARKERS[number % len(_MARKERS)]}
+        errors = [max(report.recipes[names[0]].stages[stage].rms_error, _FLOOR) for stage in stages]
+        label = ", ".join(names)
+        left.plot(stages, errors, linewidth=1, markersize=5, label=label, **style)
+        if report.recipes[names[0]].worst is not None and names[0] in report.samples:
+            weight, difference = np.abs(report.samples["k_norm_weight"]), report.samples[names[0]]
+            shown = difference > 0
+            right.scatter(weight[shown], difference[shown], s=14, label=label, **style)
+    left.set(yscale="log", ylabel="RMS distance from the float64 oracle", title="Error along the stages")
+    left.tick_params(axis="x", rotation=35)
+    right.set(xscale="log", yscale="log", xlabel="|K-norm weight| of the channel")
+    right.set(ylabel=f"largest |k_normed - {report.reference}|", title="What the K norm makes of a rounding")
+    for axes in (left, right):
+        axes.grid(True, which="major", color="0.9")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.suptitle(f"{report.model}, layer {report.layer}, {report.tokens} tokens, {report.arch}", fontsize=11)
+    return figure
+
+
+def _alike(report: Report, stages: list[str]) -> list[list[str]]:
+    """Recipes whose stages all have the same numbers, together: one line, one entry in the legend."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, result in report.recipes.items():
+        groups.setdefault(tuple(result.stages[stage] for stage in stages), []).append(name)
+    return list(groups.values())
