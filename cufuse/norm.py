@@ -83,7 +83,8 @@ def add_rms_norm(
     if backend == "cupy":
         from cufuse import _gpu_norm
 
-        return _gpu_norm.add_rms_norm(x, residual, weight, eps, numerics, normalised, new_residual)
+        _gpu_norm.add_rms_norm(x, residual, weight, eps, numerics, normalised, new_residual)
+        return normalised, new_residual
     for one in outs:
         with _arrays.no_overlap(one, x=x, residual=residual, weight=weight):
             pass

@@ -62,7 +62,7 @@ def rms_norm_qkv(
     numerics = named_recipes.get(recipe)
     names = ("q", "k", "v") if residual is None else ("q", "k", "v", "new residual")
     outs = _arrays.outputs(out, names)
-    weights = qkv_weight if isinstance(qkv_weight, (tuple, list)) else (qkv_weight,)
+    weights = tuple(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else (qkv_weight,)
     inputs = {
         "x": x,
         "norm_weight": norm_weight,
@@ -89,7 +89,8 @@ def rms_norm_qkv(
     if backend == "cupy":
         from cufuse import _gpu_qkv
 
-        return _gpu_qkv.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
+        _gpu_qkv.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
+        return results
     for one in outs:
         with _arrays.no_overlap(one, **inputs):
             pass

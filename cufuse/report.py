@@ -181,7 +181,7 @@ class _Block:
         self.heads = qkv.Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.eps = config.rms_norm_eps
         self.separate = (layer.q_proj, layer.k_proj, layer.v_proj)
-        self.weights = self.separate if separate else (layer.qkv_proj,)
+        self.weights: tuple[np.ndarray, ...] = self.separate if separate else (layer.qkv_proj,)
         self.positions = np.arange(first_position, first_position + len(hidden_states))
         self.tables = {
             dtype: rope_tables(self.positions, config.head_dim, base=config.rope_theta, dtype=dtype)

@@ -31,8 +31,10 @@ def made_up_hidden_states(tokens: int, hidden_size: int, seed: int) -> np.ndarra
     stream has them. Only the raw stream of PCG64 is used, so that a seed gives the same values with every NumPy."""
     count = tokens * hidden_size
     raw = np.random.PCG64(seed).random_raw(count)
-    fields = [((raw >> np.uint64(16 * place)) & np.uint64(0xFFFF)).astype(np.int64) for place in range(4)]
-    values = ((sum(fields) - 131070).astype(np.float32) / np.float32(37837)).reshape(tokens, hidden_size)
+    total = np.zeros(count, np.int64)
+    for place in range(4):
+        total += ((raw >> np.uint64(16 * place)) & np.uint64(0xFFFF)).astype(np.int64)
+    values = ((total - 131070).astype(np.float32) / np.float32(37837)).reshape(tokens, hidden_size)
     values[:, seed % 97 :: 251] *= 16
     return values.astype(ml_dtypes.bfloat16)
 

@@ -146,7 +146,7 @@ def _most_telling(report: Report) -> str | None:
     differing = {name: result.worst for name, result in report.recipes.items() if result.worst is not None}
     if "late-rounding" in differing:
         return "late-rounding"
-    return max(differing, key=lambda name: differing[name].difference, default=None)  # type: ignore[union-attr]
+    return max(differing, key=lambda name: differing[name].difference, default=None)
 
 
 def _print_worst(report: Report, name: str, console: Console) -> None:

@@ -43,7 +43,8 @@ def rope(
     if backend == "cupy":
         from cufuse import _gpu_rope
 
-        return _gpu_rope.rope(q, k, cos, sin, numerics.rope, results[0], results[1])
+        _gpu_rope.rope(q, k, cos, sin, numerics.rope, results[0], results[1])
+        return results[0], results[1]
     for given, result, x in zip(outs, results, (q, k), strict=True):
         with _arrays.no_overlap(given, q=q, k=k, cos=cos, sin=sin):
             result[...] = rotate(x, cos, sin, numerics.rope)

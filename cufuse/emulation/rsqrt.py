@@ -45,11 +45,11 @@ def _from_table(x: np.ndarray) -> np.ndarray:
     scaled = np.ldexp(x, -2 * half)
     correct = (1.0 / np.sqrt(scaled.astype(np.float64))).astype(np.float32)
     code = correct.view(np.int32) + _table()[scaled.view(np.int32) - _ONE]
-    return np.ldexp(code.view(np.float32), -half)
+    return np.asarray(np.ldexp(code.view(np.float32), -half))
 
 
 @functools.cache
 def _table() -> np.ndarray:
     data = resources.files("cufuse.emulation").joinpath("data/rsqrt_sm90.xz").read_bytes()
     # one byte a significand: the difference in ulp plus two
-    return np.frombuffer(lzma.decompress(data), np.int8) - np.int8(2)
+    return np.asarray(np.frombuffer(lzma.decompress(data), np.int8) - np.int8(2))

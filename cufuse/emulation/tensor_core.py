@@ -307,7 +307,11 @@ def _core(core: str | TensorCore) -> TensorCore:
 
 
 def _described(x: object) -> str:
-    return f"an array of {x.dtype}" if isinstance(x, (np.ndarray, np.generic)) else f"a {type(x).__qualname__}"
+    return (
+        f"an array of {x.dtype}"
+        if isinstance(x, (np.ndarray, np.generic))
+        else f"a value of type {type(x).__qualname__}"
+    )
 
 
 def _check_dtype(name: str, x: Any, core: TensorCore) -> None:
