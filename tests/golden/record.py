@@ -92,6 +92,9 @@ def norms() -> dict[str, np.ndarray]:
         store(tensors, f"hf/m{m}_k{k}", to_numpy(hugging_face_norm(wg)(xg)))
         store(tensors, f"f/m{m}_k{k}", to_numpy(F.rms_norm(xg, (k,), wg, eps=cases.EPS)))
         tensors[f"input/m{m}_k{k}"] = inputs.row_digests(x)
+        # the factors themselves: a wrong last bit of a sum shows here, and only now and then in the rounded outputs
+        tensors[f"hf/m{m}_k{k}/factor"] = to_numpy(torch.rsqrt(xg.float().pow(2).mean(-1) + cases.EPS))
+        tensors[f"f/m{m}_k{k}/factor"] = to_numpy(torch.ops.aten._fused_rms_norm(xg, [k], wg, cases.EPS)[1]).reshape(-1)
     for k in (64, 128, 1000, 1024, 4096):
         rows = inputs.special_rows(k)
         weight = cases.norm_input(8, k)[1]

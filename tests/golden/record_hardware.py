@@ -3,6 +3,8 @@
 - rsqrt: ``rsqrt.approx.f32`` over all 2^24 significands of [1, 4) as differences from the correctly rounded result, after a
   proof over every positive float32 that the other binades repeat it, shifted by powers of four;
 - cublas: into how many slices cuBLASLt cuts K for the Qwen3 projections, for every M from 1 to 8192;
+- division: whether division under -use_fast_math (``div.approx.ftz.f32``) is multiplication by the rounded reciprocal, for the row
+  lengths of norms: llama.cpp and FlashInfer divide so;
 - rope: the cos and sin that transformers' Qwen3RotaryEmbedding gives for every position up to 40,959, as the list of exceptions
   from the bfloat16 of the float64 value of the float32 angle.
 """
@@ -36,13 +38,13 @@ POSITIONS = 40960
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("what", nargs="*", default=["rsqrt", "rope", "cublas"])
+    parser.add_argument("what", nargs="*", default=["rsqrt", "division", "rope", "cublas"])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     provenance = versions() | {"script": "tests/golden/record_hardware.py"}
     for what in arguments.what:
         start = time.time()
-        {"rsqrt": rsqrt, "rope": rope, "cublas": cublas}[what](arguments.out, provenance)
+        {"rsqrt": rsqrt, "division": division, "rope": rope, "cublas": cublas}[what](arguments.out, provenance)
         print(f"{what}: {time.time() - start:.1f} s", flush=True)
 
 
@@ -86,6 +88,27 @@ def check_other_binades(measured: torch.Tensor) -> dict[str, int]:
     print("specials:", [hex(v & 0xFFFFFFFF) for v in torch.rsqrt(special).view(torch.int32).tolist()])
     print("binades that deviate:", {key: value for key, value in deviating.items() if value})
     return {key: value for key, value in deviating.items() if value}
+
+
+def division(folder: Path, provenance: dict[str, str]) -> None:
+    import cupy
+
+    source = """extern "C" __global__ void divide(const float* s, float k, float* out, int n) {
+        int i = blockIdx.x * blockDim.x + threadIdx.x;
+        if (i < n) out[i] = s[i] / k;
+    }"""
+    kernel = cupy.RawKernel(source, "divide", options=("--use_fast_math",))
+    sums = cupy.arange(0x3F800000, 0x40000000, dtype=cupy.int32).view(cupy.float32)  # every significand
+    counts = {}
+    for k in (64, 128, 256, 896, 1024, 1536, 2048, 2560, 3584, 4096, 5120, 6144, 7168, 8192, 12288):
+        out = cupy.empty_like(sums)
+        kernel((-(-sums.size // 256),), (256,), (sums, np.float32(k), out, np.int32(sums.size)))
+        reciprocal = sums * (np.float32(1) / np.float32(k))
+        divided = sums / np.float32(k)
+        counts[k] = [int((out.view(cupy.int32) != other.view(cupy.int32)).sum()) for other in (reciprocal, divided)]
+    print("fast-math s / K, of 2^23 significands differ from s * (1/K), from s / K:", counts)
+    record = provenance | {"significands": 2**23, "differ_from_reciprocal_and_from_division": counts}
+    (folder / "division.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def rope(folder: Path, provenance: dict[str, str]) -> None:
