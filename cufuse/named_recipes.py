@@ -1,6 +1,7 @@
 """The named recipes, each with the implementation, version and source that it states: ``cufuse.recipes``.
 
-Where a source leaves an order open (Triton's reductions as compiled, the contraction of a product), the recipe says which it
+Division under nvcc's -use_fast_math is multiplication by the rounded reciprocal for all row lengths that were measured
+(emulation/data/division.json). Where a source leaves an order open (Triton's reductions as compiled, the contraction of a product), the recipe says which it
 takes. ``get`` accepts a name or a Recipe, so every operation takes both.
 """
 
@@ -13,7 +14,7 @@ from cufuse.recipe import Gemm, Norm, Recipe, Rope
 _TORCH_NORM = Norm(
     sum_order="torch-mean", mean="factor", round_normalised=True, round_weighted=True, float32_weight="promote"
 )
-_FUSED_NORM = Norm(sum_order="torch-rms-norm", mean="divide", round_normalised=False, round_weighted=True)
+_FUSED_NORM = Norm(sum_order="torch-rms-norm", contract=True, mean="divide", round_normalised=False, round_weighted=True)
 _FLOAT32_NORM = Norm(
     sum_order="torch-mean", mean="factor", round_normalised=False, round_weighted=False, float32_weight="accept"
 )
@@ -94,7 +95,8 @@ _RECIPES = (
     _TORCH.derive(
         "vllm-0.19",
         summary="vLLM up to 0.19.1, CUDA kernels (enforce_eager; the compiled mode fuses otherwise): two roundings in the norm.",
-        source="vllm csrc/layernorm_kernels.cu rms_norm_kernel, cub::BlockReduce; rotation in bfloat16 as of pos_encoding_kernels.cu.",
+        source="vllm csrc/layernorm_kernels.cu rms_norm_kernel, cub::BlockReduce; rotation in bfloat16 as of "
+        "pos_encoding_kernels.cu.",
         norm={"sum_order": "vllm", "sum_order_after_residual": "vllm-add", "mean": "divide", "float32_weight": "refuse"},
         head_norm={"sum_order": "vllm", "mean": "divide", "float32_weight": "refuse"},
     ),
@@ -102,7 +104,13 @@ _RECIPES = (
         "vllm-0.20",
         summary="vLLM 0.20, CUDA kernels (enforce_eager): one rounding in the norm, rotation in float32.",
         source="vllm csrc/libtorch_stable/layernorm_kernels.cu (PR 40860); which product the rotation fuses is cufuse's choice.",
-        norm={"sum_order": "vllm", "sum_order_after_residual": "vllm-add", "mean": "divide", "round_normalised": False, "float32_weight": "refuse"},
+        norm={
+            "sum_order": "vllm",
+            "sum_order_after_residual": "vllm-add",
+            "mean": "divide",
+            "round_normalised": False,
+            "float32_weight": "refuse",
+        },
         head_norm={"sum_order": "vllm", "mean": "divide", "round_normalised": False, "float32_weight": "refuse"},
         rope=_ROUND_ONCE_ROPE,
     ),
@@ -160,9 +168,9 @@ _RECIPES = (
         "batch-invariant",
         summary="torch's rounding points in orders that do not depend on the number of rows: one slice of K, F.rms_norm's sum.",
         source="cufuse's own.",
-        norm={"sum_order": "torch-rms-norm", "mean": "divide"},
+        norm={"sum_order": "torch-rms-norm", "contract": True, "mean": "divide"},
         gemm={"k_slices": 1},
-        head_norm={"sum_order": "torch-rms-norm", "mean": "divide"},
+        head_norm={"sum_order": "torch-rms-norm", "contract": True, "mean": "divide"},
     ),
 )
 

@@ -15,6 +15,7 @@ import safetensors
 
 import cufuse
 from cufuse import qkv
+from cufuse.norm import reciprocal_rms
 from tests.golden import cases, inputs
 
 FOLDER = Path(__file__).parent / "golden"
@@ -64,6 +65,8 @@ def test_norms(norms: dict[str, np.ndarray], k: int) -> None:
         for recipe, key in (("torch", "hf"), ("torch-rms-norm", "f")):
             found = cufuse.rms_norm(x, weight, eps=cases.EPS, recipe=recipe)
             demand_stored(recipe + " norm", found, norms, f"{key}/m{m}_k{k}")
+            factor = reciprocal_rms(x.astype(np.float32), cases.EPS, cufuse.recipes[recipe].norm)
+            demand_equal(recipe + " factor", factor, norms[f"{key}/m{m}_k{k}/factor"], f"{key}/m{m}_k{k}, factor")
 
 
 @pytest.mark.parametrize("k", [64, 128, 1000, 1024, 4096])
