@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import cufuse
-from cufuse.commands import recipes, report, synthesise
+from cufuse.commands import check, info, recipes, report, synthesise
+from cufuse.compiler import KernelCompileError
+from cufuse.launch import NoGpuError
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"cufuse {cufuse.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_OneLineParser)
-    for module in (report, recipes, synthesise):
+    for module in (report, recipes, synthesise, check, info):
         module.add(commands)
     given = parser.parse_args(arguments)
     try:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # the reader (head, less) has gone; nothing is wrong, but Python would complain while closing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, ImportError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, ImportError, OSError, MemoryError, NoGpuError, KernelCompileError) as error:
         print(f"cufuse {given.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -3,21 +3,19 @@
 The array decides the back end: NumPy arrays run the emulation, CuPy arrays the kernels. Nothing is copied across.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+_OVERLAP_WORK: Any = 10**6  # NumPy's type hints know 0 and -1 alone
 
-def backend(**arrays: Any) -> str:
-    """"numpy" or "cupy" for the named arrays (None is passed over); TypeError where they mix or are something else."""
-    kinds: dict[str, str] = {}
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        kinds[name] = _kind(name, array)
+
+def backend(optional: dict[str, Any], /, **required: Any) -> str:
+    """"numpy" or "cupy" for the named arrays, of which the optional ones may be None; TypeError where they mix or are something
+    else."""
+    given = {name: array for name, array in optional.items() if array is not None}
+    kinds = {name: _kind(name, array) for name, array in (required | given).items()}
     found = set(kinds.values())
     if len(found) == 1:
         return found.pop()
@@ -38,7 +36,7 @@ def _kind(name: str, array: Any) -> str:
     )
 
 
-def output(out: Any, shape: tuple[int, ...], dtype: Any, kind: str, like: Any) -> Any:
+def output(out: Any, shape: tuple[int, ...], dtype: Any, kind: str, like: Any, name: str = "out") -> Any:
     """``out`` after a check of its shape and dtype, or a new array of the back end ``kind`` beside ``like``."""
     if out is None:
         if kind == "numpy":
@@ -48,23 +46,24 @@ def output(out: Any, shape: tuple[int, ...], dtype: Any, kind: str, like: Any) -
         with like.device:
             return cupy.empty(shape, dtype)
     if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; needed is {np.dtype(dtype)}")
+        raise TypeError(f"{name} has dtype {out.dtype}; needed is {np.dtype(dtype)}")
     if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; needed is {shape}")
+        raise ValueError(f"{name} has shape {out.shape}; needed is {shape}")
     if kind == "numpy" and not out.flags.writeable:
-        raise ValueError("out is read-only; give a writeable array")
+        raise ValueError(f"{name} is read-only; give a writeable array")
     return out
 
 
-@contextlib.contextmanager
-def no_overlap(out: Any, **inputs: Any) -> Iterator[None]:
-    """Refuse an ``out`` that shares memory with an input: which of the two an element shows would depend on the
-    order in which elements are written. ValueError."""
-    if out is not None:
-        for name, array in inputs.items():
-            if array is not None and np.may_share_memory(out, array) and np.shares_memory(out, array, max_work=10**6):
-                raise ValueError(f"out overlaps {name} in memory; give an array of its own")
-    yield
+def refuse_overlap(*outs: Any, **inputs: Any) -> None:
+    """ValueError where an output (NumPy array, or None) shares memory with an input or with another output: what an element
+    shows would depend on the order in which elements are written."""
+    for index, out in enumerate(outs):
+        name = "out" if len(outs) == 1 else f"out[{index}]"
+        others = inputs | {f"out[{other}]": outs[other] for other in range(index)}
+        for other_name, other in others.items():
+            # with work allowed it compares elements, not bounds, and says yes where strides are too intricate to tell
+            if out is not None and other is not None and np.may_share_memory(out, other, max_work=_OVERLAP_WORK):
+                raise ValueError(f"{name} overlaps {other_name} in memory; give an array of its own")
 
 
 def require_shape(name: str, array: Any, shape: tuple[int | None, ...], meaning: str) -> None:

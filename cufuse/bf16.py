@@ -67,7 +67,7 @@ def round_to_bf16(x: Any, *, mode: str = "nearest_even", random_bits: Any = None
     if mode not in ROUNDING_MODES:
         raise ValueError(f"mode is {mode!r}; needed is one of {', '.join(ROUNDING_MODES)}")
     arrays = {"x": x} | ({"random_bits": random_bits} if random_bits is not None else {})
-    backend = _arrays.backend(**arrays, out=out)
+    backend = _arrays.backend({"out": out}, **arrays)
     if x.dtype not in (np.float32, np.float64):
         raise TypeError(f"x has dtype {x.dtype}; needed is float32 or float64: convert it with x.astype(numpy.float32)")
     _check_random_bits(x, mode, random_bits)
@@ -76,14 +76,14 @@ def round_to_bf16(x: Any, *, mode: str = "nearest_even", random_bits: Any = None
         from cufuse import _gpu_cast
 
         return _gpu_cast.round_to_bf16(x, mode, random_bits, result)
-    with _arrays.no_overlap(out, **arrays):
-        if x.dtype == np.float32:
-            bits = round_float32_bits(x.view(np.uint32), mode, random_bits)
-        elif mode == "stochastic":
-            bits = _stochastic_float64(x, random_bits)
-        else:
-            bits = round_float32_bits(round_to_odd(x).view(np.uint32), mode)
-        result[...] = bits.view(bfloat16)
+    _arrays.refuse_overlap(out, **arrays)
+    if x.dtype == np.float32:
+        bits = round_float32_bits(x.view(np.uint32), mode, random_bits)
+    elif mode == "stochastic":
+        bits = _stochastic_float64(x, random_bits)
+    else:
+        bits = round_float32_bits(round_to_odd(x).view(np.uint32), mode)
+    result[...] = bits.view(bfloat16)
     return result
 
 
@@ -145,9 +145,12 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Codes are counted along the number line, so -0 and +0 are 0 apart, the smallest subnormals of the two signs 2, and
     infinity is one step above the largest finite value. Two NaN are 0 apart; one NaN is 65536 from everything else.
+    Raises TypeError for another dtype.
     """
     place = []
-    for array in (a, b):
+    for name, array in (("a", a), ("b", b)):
+        if array.dtype != bfloat16:
+            raise TypeError(f"{name} has dtype {array.dtype}; needed is bfloat16: round it with cufuse.round_to_bf16")
         code = to_bits(array).astype(np.int32)
         place.append(np.where(code >= 0x8000, 0x8000 - code, code))
     distance = np.abs(place[0] - place[1])

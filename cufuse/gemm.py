@@ -10,6 +10,7 @@ from cufuse import _arrays, named_recipes
 from cufuse.bf16 import bfloat16, nearest
 from cufuse.emulation import cublas, tensor_core
 from cufuse.emulation.cublas import AssumedSlicesWarning
+from cufuse.norm import rounding_remedy
 from cufuse.recipe import Gemm, Recipe
 
 _RECORDED_CORE = "sm_90"
@@ -38,14 +39,15 @@ def linear(
     [..., N], bfloat16 or float32 (``recipe.gemm.output``).
 
     Special values: a NaN, infinity times zero, or infinities of both signs give NaN (0x7FFF in bfloat16); a zero sum is +0.
-    Accuracy: the bits of the recipe. Each block truncates toward zero: with u = 2**-23 and B = ceil(K/16) + slices steps, the
-    accumulator is within about B * 17 * u of the largest partial sum's magnitude of the exact sum.
+    Accuracy: the bits of the recipe. Each block truncates toward zero: with u = 2**-23, B = ceil(K/16) + slices (three times as
+    many for float32 activations) and T the largest magnitude of a product or partial sum, the accumulator is within 17 B u T of
+    the exact sum.
 
     Raises TypeError for kinds and dtypes, ValueError for shapes, k_slices and an overlapping ``out``.
     """
     numerics = named_recipes.get(recipe)
     gemm = numerics.gemm
-    backend = _arrays.backend(x=x, weight=weight, out=out)
+    backend = _arrays.backend({"out": out}, x=x, weight=weight)
     _check(x, weight, numerics, k_slices)
     n, k = weight.shape
     dtype = bfloat16 if gemm.output == "bfloat16" else np.dtype(np.float32)
@@ -56,10 +58,10 @@ def linear(
         from cufuse import _gpu_gemm
 
         return _gpu_gemm.linear(x, weight, gemm, k_slices, result)
-    with _arrays.no_overlap(out, x=x, weight=weight):
-        rows = np.ascontiguousarray(x).reshape(-1, k)
-        slices = slices_of(rows.shape[0], n, k, gemm, k_slices)
-        result[...] = project(rows, weight, gemm, slices).reshape(result.shape)
+    _arrays.refuse_overlap(out, x=x, weight=weight)
+    rows = np.ascontiguousarray(x).reshape(-1, k)
+    slices = slices_of(rows.shape[0], n, k, gemm, k_slices)
+    result[...] = project(rows, weight, gemm, slices).reshape(result.shape)
     return result
 
 
@@ -69,9 +71,12 @@ def project(
     """The emulation behind ``linear``: rows [M, K] (bfloat16, or float32 for a float32 recipe) times weight [N, K]^T."""
     activations: Any = x
     if x.dtype == np.float32:
-        # parts that are zero everywhere leave an accumulator as it is: it has fewer bits than a block keeps
-        parts = tensor_core.split_float32(x)
-        activations = tuple(part for part in parts[:1]) + tuple(part for part in parts[1:] if part.astype(bool).any())
+        activations = tensor_core.split_float32(x)
+        if np.isfinite(weight).all():
+            # parts that are zero everywhere leave an accumulator as it is (it has fewer bits than a block keeps), unless
+            # an infinity makes NaN of them
+            high, *lower = activations
+            activations = (high, *(part for part in lower if part.astype(bool).any()))
     total = tensor_core.matmul(activations, weight, core=gemm.core, k_slices=k_slices, progress=progress)
     return nearest(total) if gemm.output == "bfloat16" else total
 
@@ -103,17 +108,13 @@ def check_slices(k_slices: int | None) -> None:
 def check_projection_weight(name: str, weight: Any) -> None:
     """TypeError unless a projection's weight is bfloat16."""
     if weight.dtype != bfloat16:
-        raise TypeError(
-            f"{name} has dtype {weight.dtype}; needed is bfloat16: round it with cufuse.round_to_bf16 (from float32 or float64)"
-        )
+        raise TypeError(f"{name} has dtype {weight.dtype}; needed is bfloat16: {rounding_remedy(weight)}")
 
 
 def _check(x: Any, weight: Any, recipe: Recipe, k_slices: int | None) -> None:
     if x.dtype != bfloat16 and not (x.dtype == np.float32 and recipe.gemm.input == "float32"):
         takes = "bfloat16" if recipe.gemm.input == "bfloat16" else "bfloat16 or float32"
-        raise TypeError(
-            f"x has dtype {x.dtype}; the projection of recipe {recipe.name!r} takes {takes}: round it with cufuse.round_to_bf16"
-        )
+        raise TypeError(f"x has dtype {x.dtype}; the projection of recipe {recipe.name!r} takes {takes}: {rounding_remedy(x)}")
     check_projection_weight("weight", weight)
     check_slices(k_slices)
     if weight.ndim != 2 or weight.shape[1] == 0:

@@ -1,8 +1,8 @@
 """The named recipes, each with the implementation, version and source that it states: ``cufuse.recipes``.
 
 Division under nvcc's -use_fast_math is multiplication by the rounded reciprocal for all row lengths that were measured
-(emulation/data/division.json). Where a source leaves an order open (Triton's reductions as compiled, the contraction of a product), the recipe says which it
-takes. ``get`` accepts a name or a Recipe, so every operation takes both.
+(emulation/data/division.json). Where a source leaves an order open (Triton's reductions as compiled, the contraction of a
+product), the recipe says which it takes. ``get`` accepts a name or a Recipe, so every operation takes both.
 """
 
 from collections.abc import Mapping

@@ -10,6 +10,8 @@ from cufuse.emulation.rsqrt import rsqrt
 from cufuse.emulation.sums import SUM_ORDERS, mean_of_squares
 from cufuse.recipe import Norm, Recipe
 
+_LARGEST_EPS = float(np.finfo(np.float32).max)
+
 
 def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6, recipe: str | Recipe = "torch", out: Any = None) -> Any:
     """Root-mean-square normalisation of the last axis.
@@ -37,7 +39,7 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6, recipe: str | Recipe = "
     Raises TypeError for kinds and dtypes, ValueError for shapes, eps and an overlapping ``out``.
     """
     numerics = named_recipes.get(recipe)
-    backend = _arrays.backend(x=x, weight=weight, out=out)
+    backend = _arrays.backend({"out": out}, x=x, weight=weight)
     columns = _check(x, weight, eps, numerics)
     result = _arrays.output(out, x.shape, _result_dtype(numerics.norm, weight), backend, x)
     if x.size == 0:
@@ -46,9 +48,9 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6, recipe: str | Recipe = "
         from cufuse import _gpu_norm
 
         return _gpu_norm.rms_norm(x, weight, eps, numerics.norm, result)
-    with _arrays.no_overlap(out, x=x, weight=weight):
-        rows = np.ascontiguousarray(x).reshape(-1, columns).astype(np.float32)
-        result[...] = normalise(rows, weight, eps, numerics.norm).reshape(x.shape)
+    _arrays.refuse_overlap(out, x=x, weight=weight)
+    rows = np.ascontiguousarray(x).reshape(-1, columns).astype(np.float32)
+    result[...] = normalise(rows, weight, eps, numerics.norm).reshape(x.shape)
     return result
 
 
@@ -71,13 +73,13 @@ def add_rms_norm(
     """
     numerics = named_recipes.get(recipe)
     outs = _arrays.outputs(out, ("normalised", "new residual"))
-    backend = _arrays.backend(x=x, residual=residual, weight=weight, out_normalised=outs[0], out_residual=outs[1])
+    backend = _arrays.backend({"out[0]": outs[0], "out[1]": outs[1]}, x=x, residual=residual, weight=weight)
     columns = _check(x, weight, eps, numerics)
     check_activations("residual", residual, numerics)
     _arrays.require_shape("residual", residual, x.shape, "x's shape")
     kept = np.float32 if numerics.residual_sum == "float32" else bfloat16
-    normalised = _arrays.output(outs[0], x.shape, _result_dtype(numerics.norm, weight), backend, x)
-    new_residual = _arrays.output(outs[1], x.shape, kept, backend, x)
+    normalised = _arrays.output(outs[0], x.shape, _result_dtype(numerics.norm, weight), backend, x, "out[0]")
+    new_residual = _arrays.output(outs[1], x.shape, kept, backend, x, "out[1]")
     if x.size == 0:
         return normalised, new_residual
     if backend == "cupy":
@@ -85,9 +87,7 @@ def add_rms_norm(
 
         _gpu_norm.add_rms_norm(x, residual, weight, eps, numerics, normalised, new_residual)
         return normalised, new_residual
-    for one in outs:
-        with _arrays.no_overlap(one, x=x, residual=residual, weight=weight):
-            pass
+    _arrays.refuse_overlap(*outs, x=x, residual=residual, weight=weight)
     rows, stored = add_residual(x, residual, numerics)
     new_residual[...] = stored
     normalised[...] = normalise(rows.reshape(-1, columns), weight, eps, numerics.norm, True).reshape(x.shape)
@@ -132,12 +132,17 @@ def check_activations(name: str, x: Any, recipe: Recipe) -> None:
     if x.dtype == bfloat16 or (recipe.float32_activations and x.dtype == np.float32):
         return
     takes = "bfloat16 or float32" if recipe.float32_activations else "bfloat16"
-    remedy = "round it with cufuse.round_to_bf16(x)"
+    remedy = rounding_remedy(x)
     if x.dtype == np.float32:
         remedy += " or take a recipe with float32 activations, such as 'float32'"
-    elif x.dtype == np.float16:
-        remedy = "convert it with x.astype(numpy.float32) and " + remedy
     raise TypeError(f"{name} has dtype {x.dtype}; recipe {recipe.name!r} takes {takes}: {remedy}")
+
+
+def rounding_remedy(x: Any) -> str:
+    """What turns an array of another dtype into a bfloat16 one, for errors."""
+    if x.dtype in (np.float32, np.float64):
+        return "round it with cufuse.round_to_bf16"
+    return "convert it with .astype(numpy.float32) and round that with cufuse.round_to_bf16"
 
 
 def check_norm_weight(name: str, weight: Any, norm: Norm, recipe: Recipe) -> None:
@@ -145,14 +150,12 @@ def check_norm_weight(name: str, weight: Any, norm: Norm, recipe: Recipe) -> Non
     if weight.dtype == bfloat16 or (weight.dtype == np.float32 and norm.float32_weight != "refuse"):
         return
     takes = "bfloat16" if norm.float32_weight == "refuse" else "bfloat16 or float32"
-    raise TypeError(
-        f"{name} has dtype {weight.dtype}; recipe {recipe.name!r} takes {takes}: round it with cufuse.round_to_bf16(weight)"
-    )
+    raise TypeError(f"{name} has dtype {weight.dtype}; recipe {recipe.name!r} takes {takes}: {rounding_remedy(weight)}")
 
 
 def check_eps(eps: float) -> None:
-    """ValueError unless eps is a finite number >= 0."""
-    if not (isinstance(eps, (int, float, np.floating)) and np.isfinite(eps) and eps >= 0):
+    """ValueError unless eps is a number >= 0 that is finite in float32."""
+    if not (isinstance(eps, (int, float, np.floating)) and 0 <= eps <= _LARGEST_EPS):
         raise ValueError(f"eps is {eps!r}; needed is a finite number >= 0, such as the model's rms_norm_eps")
 
 

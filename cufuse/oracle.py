@@ -8,9 +8,10 @@ near tie has to be decided. Bounds, with u = 2**-53:
 - a sum of K such products by ``numpy.matmul`` in any order is within ``K u`` times the sum of their magnitudes (first order;
   Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1);
 - a norm is a sum of squares (no cancellation: relative error at most K u), a division, a root and two products: relative
-  error at most (K / 2 + 4) u.
+  error at most (K / 2 + 4) u. (x + residual and weight + offset are exact unless their exponents are more than 45 apart.)
 
-``exact=True`` takes the sums by ``math.fsum``: within one ulp of float64 whatever cancels, at about a thousandth of the speed.
+``exact=True`` takes the sums by ``math.fsum``: exactly rounded whatever cancels, at about a thousandth of the speed. It takes
+finite values only: infinities of both signs are fsum's ValueError, sums beyond float64 its OverflowError.
 """
 
 import math
@@ -78,7 +79,10 @@ def qkv_stages(
     sin: Any = None,
     weight_offset: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Every stage of ``rms_norm_qkv`` (``cufuse.qkv.STAGES``) in float64 for x [M, K] and weights (q, k, v): q, k, v are [M, H, D]."""
+    """Every stage of ``rms_norm_qkv`` (``cufuse.qkv.STAGES``) in float64 for x [M, K] and weights (q, k, v).
+
+    q, k, v are [M, H, D]; ``weight_offset`` is that of all norms.
+    """
     found = {"normalised": rms_norm(x, norm_weight, eps=eps, weight_offset=weight_offset)}
     for name, weight in zip("qkv", weights, strict=True):
         found[name] = linear(found["normalised"], weight).reshape(len(found["normalised"]), -1, head_dim)

@@ -15,6 +15,9 @@ STAGES = ("normalised", "q", "k", "v", "q_normed", "k_normed", "q_rotated", "k_r
 """The named intermediates in their order; "q_normed" and "k_normed" are absent without head norms, the last two without cos."""
 
 
+_OPTIONAL = ("q_norm_weight", "k_norm_weight", "cos", "sin", "residual")
+
+
 def rms_norm_qkv(
     x: Any,
     norm_weight: Any,
@@ -72,7 +75,9 @@ def rms_norm_qkv(
         "sin": sin,
         "residual": residual,
     } | {f"qkv_weight[{index}]": weight for index, weight in enumerate(weights)}
-    backend = _arrays.backend(**inputs, **{f"out[{index}]": one for index, one in enumerate(outs)})
+    required = {name: array for name, array in inputs.items() if name not in _OPTIONAL}
+    optional = {name: inputs[name] for name in _OPTIONAL} | {f"out[{index}]": one for index, one in enumerate(outs)}
+    backend = _arrays.backend(optional, **required)
     norm.check_eps(eps)
     gemm.check_slices(k_slices)
     shape = check(inputs, weights, numerics, heads, kv_heads, head_dim)
@@ -91,9 +96,7 @@ def rms_norm_qkv(
 
         _gpu_qkv.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
         return results
-    for one in outs:
-        with _arrays.no_overlap(one, **inputs):
-            pass
+    _arrays.refuse_overlap(*outs, **inputs)
     found = stages(inputs, weights, shape, eps, numerics, k_slices)
     last = [next(found[stage] for stage in names if stage in found) for names in LAST_STAGES]
     for result, value in zip(results, [*last, found.get("new_residual")], strict=False):
@@ -182,6 +185,9 @@ def check(
     head_dim: int | None,
 ) -> Heads:
     """The head counts, after every input's dtype and shape was found right; TypeError or ValueError otherwise."""
+    for name, count in (("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if count is not None and not isinstance(count, (int, np.integer)):
+            raise TypeError(f"{name} is a {type(count).__name__}; needed is an integer >= 1, or None")
     x = inputs["x"]
     norm.check_activations("x", x, recipe)
     if x.ndim == 0 or x.shape[-1] == 0:

@@ -7,6 +7,7 @@ so. The named ones are in ``cufuse.recipes``; another is derived with ``dataclas
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -98,8 +99,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", f"{self.name}: {self.summary} Source: {self.source}")
-        for part in (self, self.norm, self.gemm, self.head_norm, self.rope):
-            _check_choices(self.name, part)
+        for part, kind in (("norm", Norm), ("gemm", Gemm), ("head_norm", Norm), ("rope", Rope)):
+            if not isinstance(getattr(self, part), kind):
+                raise TypeError(f"recipe {self.name!r}: {part} is {getattr(self, part)!r}; needed is a {kind.__name__}")
+        for fields in (self, self.norm, self.gemm, self.head_norm, self.rope):
+            _check_choices(self.name, fields)
         for contradiction in _contradictions(self):
             raise ValueError(f"recipe {self.name!r}: {contradiction}")
 
@@ -155,8 +159,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 def _check_choices(recipe: str, part: Any) -> None:
     for one in dataclasses.fields(part):
         value = getattr(part, one.name)
-        if one.name in _CHOICES and value not in _CHOICES[one.name]:
-            allowed = ", ".join(map(repr, _CHOICES[one.name]))
+        choices = (True, False) if one.type is bool else _CHOICES.get(one.name)
+        if choices is not None and (value not in choices or isinstance(value, bool) != (one.type is bool)):
+            allowed = ", ".join(map(repr, choices))
             raise ValueError(f"recipe {recipe!r}: {one.name} is {value!r}; needed is one of {allowed}")
 
 
@@ -169,6 +174,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         ),
         "gemm.input is float32, but norm.round_weighted is True: what the norm rounded would be split for nothing": (
             gemm.input == "float32" and norm.round_weighted
+        ),
+        "norm.weight_offset and head_norm.weight_offset must be finite numbers": not all(
+            isinstance(part.weight_offset, (int, float)) and math.isfinite(part.weight_offset) for part in (norm, recipe.head_norm)
         ),
         f"gemm.core {gemm.core} has no bfloat16; needed is sm_80 or newer": "bfloat16" not in TENSOR_CORES[gemm.core].dtypes,
         f"gemm.k_slices is {slices!r}; needed is 'cublas' or an integer >= 1": (

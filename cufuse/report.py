@@ -4,22 +4,24 @@
 prints it and ``cufuse.report_plot`` draws it. ``cufuse report`` is the same from the command line.
 """
 
+import contextlib
 import dataclasses
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cufuse import gemm, named_recipes, oracle, qkv
+from cufuse import named_recipes, oracle, qkv
 from cufuse.bf16 import nearest, to_bits, ulp_distance
 from cufuse.checkpoint import AttentionLayer
 from cufuse.emulation import cublas
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.explanation import Worst, explain_worst
 from cufuse.recipe import Recipe
-from cufuse.rope import rope_tables
+from cufuse.report_block import LayerBlock
 
 SCHEMA = 1
 
@@ -98,10 +100,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The documented form, schema 1: model, layer, tokens, reference, arch, form, synthetic, max_k_norm_weight, notes,
-        ``recipes: {name: {"stages": {stage: {...}}, "amplification", "worst"}}``, ``options``: the fields of the dataclasses."""
+        ``recipes: {name: {"stages": {stage: {...}}, "amplification", "worst"}}``, ``options``: the fields of the dataclasses.
+        NaN and infinities, which JSON lacks, are None."""
         content = dataclasses.asdict(dataclasses.replace(self, samples={}))
         del content["samples"]
-        return {"schema": SCHEMA, **content}
+        return {"schema": SCHEMA, **_without_nan(content)}
 
 
 def analyse(
@@ -113,6 +116,7 @@ def analyse(
     arch: str = "sm_90",
     separate: bool = True,
     first_position: int = 0,
+    device: str = "cpu",
     notes: Sequence[str] = (),
     progress: Callable[[str, float], None] | None = None,
 ) -> Report:
@@ -127,34 +131,41 @@ def analyse(
     arch : the tensor core of all recipes ("sm_80" for an A100, "sm_90" for an H100 or H200, ...).
     separate : q, k and v projected separately, as Hugging Face does, or from one packed weight.
     first_position : position of the first token, for the rotation.
+    device : "cpu" for the emulation; "gpu" for the kernels on CuPy's current device, whose every bit is then compared with the
+        emulation's and the count put into the notes. ``arch`` must be that GPU's.
     notes : remarks of the caller on the input, kept in the report.
     progress : called with a recipe's name and the fraction done.
 
-    Raises TypeError and ValueError as the operations do.
+    Raises TypeError and ValueError as the operations do, and ValueError for no tokens.
     """
+    if not isinstance(hidden_states, np.ndarray):
+        raise TypeError(f"hidden_states is a {type(hidden_states).__name__}; needed is a NumPy array [T, K]")
+    if hidden_states.ndim != 2 or hidden_states.size == 0:
+        raise ValueError(f"hidden_states has shape {hidden_states.shape}; needed is [T, K] with one token or more")
     chosen = _chosen(recipes, reference, arch)
     reference_name = named_recipes.get(reference).name
-    block = _Block(layer, hidden_states, separate, first_position)
+    gpu = _gpu(device, arch)
+    block = LayerBlock(layer, hidden_states, separate, first_position, device)
+    by_name = {recipe.name: recipe for recipe in chosen}
     found: dict[str, dict[str, np.ndarray]] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", AssumedSlicesWarning)
+    results = {}
+    with _assumptions() as assumed:
         for number, recipe in enumerate(chosen):
             if progress is not None:
                 progress(recipe.name, number / len(chosen))
             found[recipe.name] = block.run(recipe)
-    if progress is not None:
-        progress("oracle", 1.0)
-    truths = {offset: block.oracle(offset) for offset in {recipe.norm.weight_offset for recipe in chosen}}
-    expected = found[reference_name]
-    by_name = {recipe.name: recipe for recipe in chosen}
-    results = {}
-    for name, stages in found.items():
-        truth = truths[by_name[name].norm.weight_offset]
-        compared = {stage: _compare(stages[stage], expected[stage], truth[stage]) for stage in stages}
-        worst = None
-        if name != reference_name:
-            worst = explain_worst(block, by_name[reference_name], by_name[name], expected, stages)
-        results[name] = RecipeResult(compared, _amplification(compared), worst)
+        if progress is not None:
+            progress("oracle", 1.0)
+        truths = {offset: block.oracle(offset) for offset in {recipe.norm.weight_offset for recipe in chosen}}
+        expected = found[reference_name]
+        for name, stages in found.items():
+            truth = truths[by_name[name].norm.weight_offset]
+            compared = {stage: _compare(stages[stage], expected[stage], truth[stage]) for stage in stages}
+            worst = None
+            if name != reference_name:
+                worst = explain_worst(block, by_name[reference_name], by_name[name], expected, stages)
+            results[name] = RecipeResult(compared, _amplification(compared), worst)
+        options = _options(block, by_name, found, truths)
     return Report(
         model=layer.config.name,
         layer=layer.index,
@@ -165,86 +176,32 @@ def analyse(
         synthetic=layer.synthetic,
         max_k_norm_weight=None if layer.k_norm is None else float(np.abs(layer.k_norm.astype(np.float32)).max()),
         recipes=results,
-        options=_options(block, by_name, found, truths),
-        notes=(*notes, *_notes(layer, arch, chosen, [str(one.message) for one in caught if one.category is AssumedSlicesWarning])),
+        options=options,
+        notes=(*notes, *_notes(layer, arch, chosen, assumed), *_agreement(block, gpu)),
         samples=_samples(layer, found, reference_name),
     )
 
 
-class _Block:
-    """The layer's inputs in the form of ``qkv.stages``, and a memory of its projections: recipes that agree up to the
-    projection share it."""
+@contextlib.contextmanager
+def _assumptions() -> Iterator[list[str]]:
+    """What AssumedSlicesWarning says in here, for the notes; other warnings go on to the caller."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AssumedSlicesWarning)
+        yield messages
+    for one in caught:
+        if one.category is AssumedSlicesWarning:
+            messages.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
-    def __init__(self, layer: AttentionLayer, hidden_states: np.ndarray, separate: bool, first_position: int) -> None:
-        config = layer.config
-        self.layer = layer
-        self.heads = qkv.Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.eps = config.rms_norm_eps
-        self.separate = (layer.q_proj, layer.k_proj, layer.v_proj)
-        self.weights: tuple[np.ndarray, ...] = self.separate if separate else (layer.qkv_proj,)
-        self.positions = np.arange(first_position, first_position + len(hidden_states))
-        self.tables = {
-            dtype: rope_tables(self.positions, config.head_dim, base=config.rope_theta, dtype=dtype)
-            for dtype in ("bfloat16", "float32")
-        }
-        self.inputs = {
-            "x": hidden_states,
-            "residual": None,
-            "norm_weight": layer.input_norm,
-            "q_norm_weight": layer.q_norm,
-            "k_norm_weight": layer.k_norm,
-        }
-        self.products: dict[tuple[Any, ...], np.ndarray] = {}
 
-    def given(self, recipe: Recipe) -> dict[str, Any]:
-        cos, sin = self.tables[recipe.rope.tables]
-        return self.inputs | {"cos": cos, "sin": sin}
-
-    def run(self, recipe: Recipe) -> dict[str, np.ndarray]:
-        given = self.given(recipe)
-        numbered = {f"qkv_weight[{index}]": weight for index, weight in enumerate(self.weights)}
-        qkv.check(given | numbered, self.weights, recipe, self.heads.heads, self.heads.kv_heads, self.heads.head_dim)
-        return qkv.stages(given, self.weights, self.heads, self.eps, recipe, projected=self._project)
-
-    def one_call(self, recipe: Recipe) -> tuple[np.ndarray, ...]:
-        given = self.given(recipe)
-        weights: Any = self.weights if len(self.weights) == 3 else self.weights[0]
-        return qkv.rms_norm_qkv(
-            given["x"],
-            given["norm_weight"],
-            weights,
-            given["q_norm_weight"],
-            given["k_norm_weight"],
-            eps=self.eps,
-            cos=given["cos"],
-            sin=given["sin"],
-            heads=self.heads.heads,
-            head_dim=self.heads.head_dim,
-            recipe=recipe,
-        )
-
-    def oracle(self, weight_offset: float) -> dict[str, np.ndarray]:
-        cos, sin = oracle.rope_angles(self.positions, self.heads.head_dim, base=self.layer.config.rope_theta)
-        return oracle.qkv_stages(
-            self.inputs["x"],
-            self.layer.input_norm,
-            self.separate,
-            self.layer.q_norm,
-            self.layer.k_norm,
-            self.heads.head_dim,
-            eps=self.eps,
-            cos=cos,
-            sin=sin,
-            weight_offset=weight_offset,
-        )
-
-    def _project(self, x: np.ndarray, weight: np.ndarray, numerics: Any, k_slices: int) -> np.ndarray:
-        unrounded = dataclasses.replace(numerics, output="float32")
-        key = (x.tobytes(), x.dtype.str, id(weight), unrounded.core, k_slices)
-        if key not in self.products:
-            self.products[key] = gemm.project(x, weight, unrounded, k_slices)
-        product = self.products[key]
-        return nearest(product) if numerics.output == "bfloat16" else product
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _chosen(recipes: Sequence[str | Recipe] | None, reference: str | Recipe, arch: str) -> list[Recipe]:
@@ -282,7 +239,7 @@ def _amplification(stages: dict[str, Stage]) -> float | None:
 
 
 def _options(
-    block: _Block,
+    block: LayerBlock,
     recipes: dict[str, Recipe],
     found: dict[str, dict[str, np.ndarray]],
     truths: dict[float, dict[str, np.ndarray]],
@@ -301,6 +258,26 @@ def _options(
             equal = all((to_bits(a) == to_bits(b)).all() for a, b in zip(outputs, last, strict=True))
         table[title] = Option(name, stages["k"], stages.get("k_normed"), _amplification(stages), equal)
     return table
+
+
+def _gpu(device: str, arch: str) -> str:
+    """The name of the GPU to run on, "" for none; ValueError where ``arch`` is not its own."""
+    if device == "cpu":
+        return ""
+    if device != "gpu":
+        raise ValueError(f"device is {device!r}; needed is 'cpu' or 'gpu'")
+    from cufuse import launch
+
+    own = f"sm_{launch.capability(launch.current_device())}"
+    if arch != own:
+        raise ValueError(f"arch is {arch}, but this GPU is {own}; give arch {own}, or device cpu to emulate {arch}")
+    return launch.device_name(launch.current_device())
+
+
+def _agreement(block: LayerBlock, gpu: str) -> tuple[str, ...]:
+    if not gpu:
+        return ()
+    return (f"Computed by the kernels on {gpu}: of {block.compared:,} outputs {block.differing:,} differ from the emulation.",)
 
 
 def _notes(layer: AttentionLayer, arch: str, recipes: list[Recipe], assumed: list[str]) -> tuple[str, ...]:

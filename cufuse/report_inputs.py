@@ -11,13 +11,14 @@ __all__ = ["CheckpointError", "hidden_states_from_file", "made_up_hidden_states"
 
 
 def hidden_states_from_file(path: Path, name: str, hidden_size: int) -> np.ndarray:
-    """The tensor ``name`` [T, hidden_size] of a safetensors file (the only tensor, if there is one), as bfloat16.
+    """The tensor ``name`` [T, hidden_size] of a safetensors file, as bfloat16; for "hidden_states" the only tensor will do,
+    whatever its name.
 
     Raises CheckpointError for a damaged file, a missing tensor, another shape, or values that are not bfloat16.
     """
     file = SafetensorsFile(path)
     if name not in file.tensors:
-        if len(file.tensors) != 1:
+        if len(file.tensors) != 1 or name != "hidden_states":
             raise failure(path, "is not in the file", "save the layer's input under this name", tensor=name)
         name = next(iter(file.tensors))
     shape = file.tensors[name].shape

@@ -22,13 +22,17 @@ def plot(report: Report, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """The errors of ``plot`` that can be told beforehand: ImportError without matplotlib, ValueError for the name's ending."""
+    known = _figure().canvas.get_supported_filetypes()
+    ending = os.path.splitext(path)[1].removeprefix(".").lower()
+    if ending not in known:
+        raise ValueError(f"{os.fspath(path)} ends in {ending!r}; a plot's name ends in one of {', '.join(sorted(known))}")
+
+
 def draw(report: Report) -> Any:
     """The pictures as a matplotlib Figure, for notebooks."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; install it with pip install 'cufuse[plot]'") from error
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = _figure(figsize=(13, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     stages = list(report.recipes[report.reference].stages)
     groups = _alike(report, stages)
@@ -53,6 +57,14 @@ def draw(report: Report) -> Any:
             axes.legend(fontsize=7)
     figure.suptitle(f"{report.model}, layer {report.layer}, {report.tokens} tokens, {report.arch}", fontsize=11)
     return figure
+
+
+def _figure(**options: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; install it with pip install 'cufuse[plot]'") from error
+    return Figure(**options)
 
 
 def _alike(report: Report, stages: list[str]) -> list[list[str]]:

@@ -13,7 +13,8 @@ from cufuse.report import RecipeResult, Report, Stage
 def print_report(report: Report, console: Console) -> None:
     """Everything about one layer."""
     made_up = ", synthetic weights" if report.synthetic else ""
-    console.rule(f"{escape(report.model)}, layer {report.layer}, {report.tokens} tokens, {report.arch}, {report.form} projections{made_up}")
+    what = f"layer {report.layer}, {report.tokens} tokens, {report.arch}, {report.form} projections{made_up}"
+    console.rule(f"{escape(report.model)}, {what}")
     for line in verdict(report):
         console.print(line, highlight=False)
     for note in report.notes:
@@ -28,8 +29,8 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def print_layers(reports: Sequence[Report], console: Console) -> None:
-    """Several layers, a line each, then the verdict of the one where late rounding (or the first recipe) differs most."""
-    table = Table(title="Keys after their norm, per layer", box=box.SIMPLE_HEAD, title_justify="left")
+    """Several layers, a line each."""
+    table = Table(title=f"Keys{_after_norm(reports[0])}, per layer", box=box.SIMPLE_HEAD, title_justify="left")
     for title in ("layer", "largest K-norm weight", *(name for name in reports[0].recipes if name != reports[0].reference)):
         table.add_column(title, justify="right")
     for report in reports:
@@ -53,11 +54,11 @@ def verdict(report: Report) -> list[str]:
         lines.append(f"[bold]Bit for bit {reference} in every stage, on this input:[/bold] {', '.join(exact)}.")
     if not other:
         return lines or [f"Only {reference} itself was run."]
-    last = "k_normed" if any("k_normed" in result.stages for result in other.values()) else "k"
+    last = "k_normed" if _after_norm(report) else "k"
     lines.append(f"[bold]Not {reference}'s bits:[/bold]")
     for name, result in sorted(other.items(), key=lambda item: -item[1].stages[last].max_abs_diff):
         before, after = result.stages["k"], result.stages[last]
-        text = f"  {name}: {_share(after)} of the keys differ after their norm, by up to {_number(after.max_abs_diff)}"
+        text = f"  {name}: {_share(after)} of the keys differ{_after_norm(report)}, by up to {_number(after.max_abs_diff)}"
         if result.amplification is not None:
             text += f"; {_number(before.max_abs_diff)} before it, amplified {_number(result.amplification)} times"
         lines.append(text + ".")
@@ -69,7 +70,7 @@ def verdict(report: Report) -> list[str]:
     mine = report.recipes[report.reference].stages[last].rms_error
     best = report.recipes[closest].stages[last].rms_error
     lines.append(
-        f"Closest to the truth (root-mean-square error of the keys after their norm): {closest}, {_number(best)}; "
+        f"Closest to the truth (root-mean-square error of the keys{_after_norm(report)}): {closest}, {_number(best)}; "
         f"{report.reference}: {_number(mine)}. Being near the truth and being {reference} are two different things."
     )
     return lines
@@ -87,6 +88,10 @@ def _cause_and_cure(report: Report) -> list[str]:
     if cures:
         lines.append(f"[bold]Cure:[/bold] {'; '.join(cures)}: every bit of the PyTorch path.")
     return lines
+
+
+def _after_norm(report: Report) -> str:
+    return " after their norm" if "k_normed" in report.recipes[report.reference].stages else ""
 
 
 def _exact(result: RecipeResult) -> bool:

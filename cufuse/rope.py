@@ -35,19 +35,19 @@ def rope(
     """
     numerics = named_recipes.get(recipe)
     outs = _arrays.outputs(out, ("q", "k"))
-    backend = _arrays.backend(q=q, k=k, cos=cos, sin=sin, out_q=outs[0], out_k=outs[1])
+    backend = _arrays.backend({"out[0]": outs[0], "out[1]": outs[1]}, q=q, k=k, cos=cos, sin=sin)
     for name, x in (("q", q), ("k", k)):
         check_rotation(name, x, cos, sin, numerics)
     dtype = bfloat16 if numerics.rope.round_sum else np.dtype(np.float32)
-    results = [_arrays.output(given, x.shape, dtype, backend, x) for given, x in zip(outs, (q, k), strict=True)]
+    results = [_arrays.output(outs[index], x.shape, dtype, backend, x, f"out[{index}]") for index, x in enumerate((q, k))]
     if backend == "cupy":
         from cufuse import _gpu_rope
 
         _gpu_rope.rope(q, k, cos, sin, numerics.rope, results[0], results[1])
         return results[0], results[1]
-    for given, result, x in zip(outs, results, (q, k), strict=True):
-        with _arrays.no_overlap(given, q=q, k=k, cos=cos, sin=sin):
-            result[...] = rotate(x, cos, sin, numerics.rope)
+    _arrays.refuse_overlap(*outs, q=q, k=k, cos=cos, sin=sin)
+    for result, x in zip(results, (q, k), strict=True):
+        result[...] = rotate(x, cos, sin, numerics.rope)
     return results[0], results[1]
 
 

@@ -39,7 +39,8 @@ def demand_equal(area: str, found: np.ndarray, expected: np.ndarray, what: str) 
     COMPARED[area] += found.size
     if differ.size:
         first = differ[0]
-        pytest.fail(f"{what}: {differ.size} of {found.size} differ, first at {first}: {found[first]:#x}, PyTorch {expected[first]:#x}")
+        both = f"{found[first]:#x}, PyTorch {expected[first]:#x}"
+        pytest.fail(f"{what}: {differ.size} of {found.size} differ, first at {first}: {both}")
 
 
 def demand_stored(area: str, found: np.ndarray, tensors: dict[str, np.ndarray], key: str) -> None:

@@ -19,6 +19,7 @@ from cufuse.commands.progress import progress_bar
 from cufuse.emulation.tensor_core import TENSOR_CORES
 from cufuse.report import SCHEMA, Report, analyse
 from cufuse.report_inputs import hidden_states_from_file, made_up_hidden_states, random_token_ids
+from cufuse.report_plot import check_target, plot
 from cufuse.report_text import print_layers, print_report
 from cufuse.synthetic import synthetic_embedding, synthetic_layer
 
@@ -47,6 +48,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--recipes", help="these only, such as torch,late-rounding (default: all)")
     parser.add_argument("--reference", default="torch", help="what the others are compared with (default: %(default)s)")
     parser.add_argument("--arch", choices=_ARCHITECTURES, default="sm_90", help="whose tensor core (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="emulation, or kernels compared with it (default: %(default)s)"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--separate", dest="separate", action="store_true", default=True, help="q, k, v apart (default)")
     form.add_argument("--packed", dest="separate", action="store_false", help="q, k, v as one packed projection")
@@ -62,12 +66,16 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("--recipes names none; leave it out for all")
     for name in [*(names or []), given.reference]:
         named_recipes.get(name)
+    if given.seed < 0:
+        raise ValueError(f"--seed is {given.seed}; needed is an integer >= 0")
     source = _Synthetic(given) if given.checkpoint is None else _FromFile(given)
     layers = source.chosen_layers()
     if given.plot is not None and len(layers) > 1:
         raise ValueError("--plot draws one layer; give --layer a number")
     for target in (given.json, given.plot):
         _check_writable(target)
+    if given.plot is not None:
+        check_target(given.plot)
     reports = []
     with progress_bar() as show:
         for number, index in enumerate(layers):
@@ -85,6 +93,7 @@ def _run(given: argparse.Namespace) -> None:
                     reference=given.reference,
                     arch=given.arch,
                     separate=given.separate,
+                    device=given.device,
                     notes=(note,) if note else (),
                     progress=progress,
                 )
@@ -94,7 +103,7 @@ def _run(given: argparse.Namespace) -> None:
 
 def _write(given: argparse.Namespace, reports: list[Report]) -> None:
     if given.json != Path("-"):
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        console = _Console(width=None if sys.stdout.isatty() else 200)
         if len(reports) > 1:
             print_layers(reports, console)
         else:
@@ -110,10 +119,14 @@ def _write(given: argparse.Namespace, reports: list[Report]) -> None:
             with _whole_file(given.json) as partial:
                 partial.write_text(text, encoding="utf-8")
     if given.plot is not None:
-        from cufuse.report_plot import plot
-
         with _whole_file(given.plot) as partial:
             plot(reports[0], partial)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit with code 1; main treats a reader that has gone as nothing wrong
+        raise BrokenPipeError
 
 
 class _Synthetic:
@@ -198,6 +211,8 @@ def _check_writable(target: Path | None) -> None:
         return
     if target.is_dir():
         raise ValueError(f"{target} is a folder; needed is a file name")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is no ordinary file, which a rename would replace; needed is a file name (--json - prints)")
     with _whole_file(target, keep=False) as partial:
         partial.touch()
 

@@ -124,7 +124,8 @@ def _by_step(squares: Terms, threads: int) -> Float32Array:
     accumulators = np.zeros((4, rows, threads), np.float32)
     for step in range(steps):
         arranged.add_to(accumulators[step % 4], step)
-    return ((accumulators[0] + accumulators[1]) + accumulators[2]) + accumulators[3]
+    total: Float32Array = ((accumulators[0] + accumulators[1]) + accumulators[2]) + accumulators[3]
+    return total
 
 
 def _by_vector(squares: Terms, threads: int, misplaced: int) -> Float32Array:
@@ -167,7 +168,7 @@ class Welford(NamedTuple):
 
     mean: Float32Array
     m2: Float32Array
-    count: Float32Array
+    size: Float32Array
 
 
 def torch_rms_norm_moments(x: Float32Array, all_rows: int, first_row: int, contract: bool) -> Float32Array:
@@ -209,15 +210,15 @@ def _halve_moments(values: Welford, contract: bool) -> Welford:
 
 
 def _combine(a: Welford, b: Welford, contract: bool) -> Welford:
-    count = a.count + b.count
+    count = a.size + b.size
     with np.errstate(invalid="ignore"):
         delta = b.mean - a.mean
-        share = b.count / count
-        weighted = delta * delta * a.count
+        share = b.size / count
+        weighted = delta * delta * a.size
         m2 = a.m2 + b.m2
         mean = fma32(delta, share, a.mean) if contract else a.mean + delta * share
         m2 = fma32(weighted, share, m2) if contract else m2 + weighted * share
-    a_empty, b_empty = a.count == 0, b.count == 0
+    a_empty, b_empty = a.size == 0, b.size == 0
     return Welford(*(
         np.where(a_empty, from_b, np.where(b_empty, from_a, combined))
         for from_a, from_b, combined in zip(a, b, Welford(mean, m2, count), strict=True)

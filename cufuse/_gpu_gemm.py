@@ -1,0 +1,78 @@
+"""``linear`` on CuPy arrays: rows, slices of K as the recipe says, and the product's kernels."""
+
+import functools
+import warnings
+from typing import Any, Final
+
+from cufuse import _gpu_linear, _layout, cublaslt, launch
+from cufuse.compiler import Kernel
+from cufuse.emulation.cublas import AssumedSlicesWarning
+from cufuse.recipe import Gemm
+
+KERNELS: Final[tuple[Kernel, ...]] = ()
+"""None of its own: they are those of _gpu_linear."""
+
+_MOST_OVERLAPS: Final = 4096
+
+
+def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -> Any:
+    """x [..., K] times weight [N, K]^T into ``result`` [..., N], all checked; see ``cufuse.linear``. Returns result.
+
+    Rows of x may lie any distance apart. A result that is not contiguous costs a copy.
+    """
+    _refuse_overlap(x, weight, result)
+    n, k = weight.shape
+    rows = x if x.ndim == 2 else _rows(x, k)
+    _layout.require_unit_stride(x=rows, weight=weight)
+    slices = _slices(len(rows), n, k, gemm, k_slices)
+    if result.flags.c_contiguous:
+        _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices)
+        return result
+    import cupy
+
+    with launch.on_device(result.device.id):
+        dense = cupy.empty((len(rows), n), result.dtype)
+        _gpu_linear.linear(rows, weight, dense, slices)
+        code = "u2" if result.itemsize == 2 else "u4"
+        result.view(code)[...] = dense.view(code).reshape(result.shape)
+    return result
+
+
+def _rows(x: Any, k: int) -> Any:
+    """x as [M, K]: a view where its leading axes collapse, ValueError where that would need a copy."""
+    rows = x.reshape(-1, k)
+    if rows.data.ptr != x.data.ptr:
+        raise ValueError(f"x has strides {x.strides}, whose leading axes do not collapse into rows; give cupy.ascontiguousarray(x)")
+    return rows
+
+
+@functools.lru_cache(maxsize=65536)
+def _slices(m: int, n: int, k: int, gemm: Gemm, k_slices: int | None) -> int:
+    """Slices of K: as given, as the recipe says, or as the installed cuBLASLt answers; cached, so a warning comes once."""
+    if k_slices is not None:
+        return int(k_slices)
+    if gemm.k_slices != "cublas":
+        return gemm.k_slices
+    try:
+        return cublaslt.k_slices(m, n, k)
+    except cublaslt.CublasLtError as error:
+        warnings.warn(
+            f"how cuBLAS cuts K for M = {m}, N = {n}, K = {k} cannot be asked ({error}): one slice assumed; give k_slices",
+            AssumedSlicesWarning,
+            stacklevel=4,
+        )
+        return 1
+
+
+_overlaps: dict[Any, _layout.Overlap] = {}
+
+
+def _refuse_overlap(x: Any, weight: Any, result: Any) -> None:
+    arrays = (result, x, weight)
+    key = tuple([(array.shape, array.strides, array.itemsize) for array in arrays])
+    overlap = _overlaps.get(key)
+    if overlap is None:
+        if len(_overlaps) >= _MOST_OVERLAPS:
+            _overlaps.clear()
+        overlap = _overlaps[key] = _layout.Overlap({"out": result}, {"x": x, "weight": weight})
+    overlap.check([array.data.ptr for array in arrays])

@@ -1,0 +1,142 @@
+"""``rms_norm`` and ``add_rms_norm`` on CuPy arrays: kernels/rms_norm.cu.
+
+Rows are read where they lie: any strides that two levels of rows describe (the heads of q inside a packed projection, say),
+unit stride along the last axis. One launch, no copy, no synchronisation, nothing allocated.
+"""
+
+import math
+import struct
+from typing import Any, Final
+
+import numpy as np
+
+from cufuse import _layout, compiler, launch
+from cufuse._norm_kernels import Types, configuration
+from cufuse.compiler import Kernel
+from cufuse.named_recipes import RECIPES
+from cufuse.recipe import Norm, Recipe
+
+_POINTERS: Final = struct.Struct("PPPPP")
+_NUMBERS: Final = struct.Struct("10qff")
+_MOST_ROWS: Final = 2**31 - 1
+_MOST_PLANS: Final = 4096
+
+
+def rms_norm(x: Any, weight: Any, eps: float, norm: Norm, result: Any) -> Any:
+    """Normalise checked arrays into ``result``; see ``cufuse.rms_norm``.
+
+    Raises ValueError for strides that the kernel does not walk, for an overlapping ``out``, for arrays of several GPUs and
+    for rows beyond a block's shared memory.
+    """
+    _run({"out": result}, {"x": x, "weight": weight}, eps, norm, None)
+    return result
+
+
+def add_rms_norm(
+    x: Any, residual: Any, weight: Any, eps: float, recipe: Recipe, normalised: Any, new_residual: Any
+) -> tuple[Any, Any]:
+    """Residual sum and norm of checked arrays in one launch; see ``cufuse.add_rms_norm`` and ``rms_norm`` above."""
+    outs = {"out[0]": normalised, "out[1]": new_residual}
+    _run(outs, {"x": x, "residual": residual, "weight": weight}, eps, recipe.norm, recipe.residual_sum)
+    return normalised, new_residual
+
+
+class _Plan:
+    """All of a call that its shapes, strides, alignment and recipe decide."""
+
+    __slots__ = ("numbers", "overlap", "prepared")
+
+    def __init__(
+        self,
+        outs: dict[str, Any],
+        inputs: dict[str, Any],
+        alignment: int,
+        eps: float,
+        norm: Norm,
+        residual_sum: str | None,
+        device: int,
+    ) -> None:
+        _layout.require_unit_stride(**outs, **inputs)
+        x = inputs["x"]
+        walked = {"x": x, "residual": inputs.get("residual"), **outs}
+        rows = _layout.walk(x.shape[:-1], walked if residual_sum is not None else walked | {"out[1]": None})
+        if rows.rows > _MOST_ROWS:
+            raise ValueError(f"x has shape {x.shape}: {rows.rows} rows, and a launch takes {_MOST_ROWS}; normalise it in parts")
+        columns = x.shape[-1]
+        arrays = [*outs.values(), *inputs.values()]
+        chunk = _layout.vector_size(
+            [alignment] * len(arrays),
+            [array.itemsize for array in arrays],
+            (columns, *rows.inner_strides, *rows.outer_strides),
+        )
+        wide = {name: array.itemsize == 4 for name, array in inputs.items()}
+        types = Types(wide["x"], wide.get("residual", False), wide["weight"], arrays[0].itemsize == 4)
+        chosen = configuration(norm, rows.rows, columns, chunk, types, residual_sum, launch.multiprocessors(device))
+        _require_shared_memory(chosen.kernel, columns, device)
+        self.prepared = launch.prepare(chosen.kernel, device, -(-rows.rows // chosen.rows_per_block))
+        self.numbers = _NUMBERS.pack(
+            rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps)
+        )
+        self.overlap = _layout.Overlap(outs, inputs)
+
+
+_plans: dict[Any, _Plan] = {}
+
+
+def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, residual_sum: str | None) -> None:
+    arrays = [*outs.values(), *inputs.values()]
+    memory = [array.data for array in arrays]
+    device = memory[0].device_id
+    if any([one.device_id != device for one in memory]):  # noqa: C419 (a list is quicker than a generator)
+        launch.device_of(**inputs, **outs)
+    pointers = [one.ptr for one in memory]
+    alignment = 0
+    for pointer in pointers:
+        alignment |= pointer
+    alignment &= 15
+    strides = tuple([(array.strides, array.itemsize) for array in arrays])
+    key = (inputs["x"].shape, strides, alignment, norm, residual_sum, eps, device)
+    with launch.on_device(device):
+        plan = _plans.get(key)
+        if plan is None:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            plan = _plans[key] = _Plan(outs, inputs, alignment, eps, norm, residual_sum, device)
+        plan.overlap.check(pointers)
+        if residual_sum is None:
+            y, x, weight = pointers
+            plan.prepared(_POINTERS.pack(x, 0, weight, y, 0) + plan.numbers)
+        else:
+            y, total, x, residual, weight = pointers
+            plan.prepared(_POINTERS.pack(x, residual, weight, y, total) + plan.numbers)
+
+
+def _require_shared_memory(kernel: Kernel, columns: int, device: int) -> None:
+    limit = compiler.shared_memory_limit(launch.capability(device))
+    if kernel.dynamic_smem > limit:
+        raise ValueError(
+            f"x has {columns} columns, whose rows take {kernel.dynamic_smem} bytes of a block's shared memory, and device "
+            f"{device} has {limit}: NumPy arrays run the emulation for any length"
+        )
+
+
+def _kernels() -> tuple[Kernel, ...]:
+    """A choice for compile tests and tables: every named recipe's norm, Qwen3's rows, few and many, heads, residual sums."""
+    found: dict[str, Kernel] = {}
+
+    def add(recipe: Recipe, rows: int, columns: int, residual: bool = False) -> None:
+        wide = recipe.residual_sum == "float32"
+        types = Types(wide, wide and residual, False, not recipe.norm.round_weighted)
+        chosen = configuration(recipe.norm, rows, columns, math.gcd(8, columns), types, recipe.residual_sum if residual else None)
+        found.setdefault(chosen.kernel.name, chosen.kernel)
+
+    for recipe in RECIPES.values():
+        add(recipe, 64, 4096)
+    for recipe in (RECIPES[name] for name in ("torch", "vllm-0.19", "flashinfer", "llama.cpp")):
+        add(recipe, 64, 4096, residual=True)
+    for rows, columns in ((1, 4096), (512, 128), (64, 1001)):
+        add(RECIPES["torch"], rows, columns)
+    return tuple(found.values())
+
+
+KERNELS: Final = _kernels()

@@ -1,0 +1,223 @@
+"""From a kernel's description to a launch on the arrays' own device and CuPy's current stream: all that knows CuPy.
+
+Every kernel takes one structure by value, packed by the caller with ``struct``. A launch never synchronises and can be
+captured in a CUDA graph; the first one of a kernel compiles and loads it (in a graph too, but rather before).
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import pkgutil
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import cufuse
+from cufuse import _driver, compiler
+from cufuse.compiler import ARCHITECTURES, Kernel, KernelCompileError
+
+__all__ = ["Kernel", "KernelCompileError", "NoGpuError", "Prepared", "kernels", "prepare", "resource_table", "workspace"]
+
+_KERNEL_MODULES = "_gpu_"
+
+
+class NoGpuError(RuntimeError):
+    """A GPU is needed and there is none that CuPy can use."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one target: registers a thread, bytes a block, bytes a thread; -1 where unknown."""
+
+    kernel: Kernel
+    target: str
+    registers: int
+    static_smem: int
+    stack: int
+    spills: int
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Every configuration that can be launched: the ``KERNELS`` of all modules ``cufuse._gpu_*``."""
+    found: list[Kernel] = []
+    for module in pkgutil.iter_modules(cufuse.__path__):
+        if module.name.startswith(_KERNEL_MODULES):
+            found += importlib.import_module(f"cufuse.{module.name}").KERNELS
+    return tuple(found)
+
+
+def resource_table(targets: Iterable[str] = ARCHITECTURES, only: Iterable[Kernel] | None = None) -> list[Resources]:
+    """Compile every kernel for every target it can run on and list what it takes. Needs no GPU."""
+    rows = []
+    for kernel in kernels() if only is None else only:
+        for target in targets:
+            if kernel.runs_on(int(target.removeprefix("sm_").rstrip("af"))):
+                cubin = compiler.compile_kernel(kernel, target)
+                rows.append(Resources(kernel, target, cubin.registers, cubin.static_smem, cubin.stack, cubin.spills))
+    return rows
+
+
+@functools.cache
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise NoGpuError(f"CuPy cannot be imported ({error}); install it with pip install 'cufuse[cuda13]'") from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise NoGpuError(f"CuPy finds no GPU ({error}); NumPy arrays run the emulation, with the same bits") from error
+    if count == 0:
+        raise NoGpuError("CuPy finds no GPU; NumPy arrays run the emulation, with the same bits")
+    return cupy
+
+
+def device_count() -> int:
+    """Number of GPUs that CuPy sees, at least one; NoGpuError otherwise."""
+    return int(_cupy().cuda.runtime.getDeviceCount())
+
+
+def current_device() -> int:
+    """CuPy's current device; NoGpuError without a GPU."""
+    return int(_cupy().cuda.runtime.getDevice())
+
+
+@functools.cache
+def device_name(device: int) -> str:
+    """Such as "NVIDIA H200, compute capability 9.0"."""
+    name = _cupy().cuda.runtime.getDeviceProperties(device)["name"].decode()
+    return f"{name}, compute capability {capability(device) // 10}.{capability(device) % 10}"
+
+
+@functools.cache
+def capability(device: int) -> int:
+    """Compute capability of a device, 10 * major + minor: 90 on Hopper."""
+    return int(_cupy().cuda.Device(device).compute_capability)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Number of streaming multiprocessors of a device."""
+    return int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def device_of(**arrays: Any) -> int:
+    """The one device on which the named CuPy arrays (None is passed over) lie; ValueError where they differ."""
+    devices = {name: array.device.id for name, array in arrays.items() if array is not None}
+    if len(set(devices.values())) != 1:
+        listed = ", ".join(f"{name} is on device {device}" for name, device in devices.items())
+        raise ValueError(f"arrays of several GPUs: {listed}; bring all to one with cupy.asarray under its device")
+    return int(next(iter(devices.values())))
+
+
+def on_device(device: int) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` CuPy's current one, if it is not that already."""
+    cupy = _cupy()
+    if cupy.cuda.runtime.getDevice() == device:
+        return contextlib.nullcontext()
+    return cupy.cuda.Device(device)  # type: ignore[no-any-return]
+
+
+class Prepared:
+    """A kernel loaded on a device with its launch shape fixed; calling it with the packed arguments launches it on CuPy's
+    current stream. The device must be the current one (``on_device``)."""
+
+    __slots__ = ("_configs", "_function", "_launch", "_shape", "_stream", "device", "kernel")
+
+    def __init__(
+        self, kernel: Kernel, device: int, grid: tuple[int, int, int], threads: int, smem: int, cluster: int, programmatic: bool
+    ) -> None:
+        self.kernel, self.device = kernel, device
+        self._function = _load(kernel, device)
+        self._shape = (grid, threads, smem, cluster, programmatic)
+        self._configs: dict[int, Any] = {}
+        self._launch = _driver.library().cuLaunchKernelEx
+        self._stream = _cupy().cuda.get_current_stream
+
+    def __call__(self, arguments: bytes) -> None:
+        stream = self._stream().ptr
+        config = self._configs.get(stream)
+        if config is None:
+            grid, threads, smem, cluster, programmatic = self._shape
+            config = ctypes.byref(_driver.launch_config(grid, threads, smem, stream, cluster, programmatic))
+            self._configs[stream] = config
+        # kernelParams is an array of one pointer, to the one structure
+        status = self._launch(config, self._function, ctypes.byref(ctypes.c_char_p(arguments)), None)
+        if status == _driver.INVALID_CONTEXT:
+            _make_context_current(self.device)
+            status = self._launch(config, self._function, ctypes.byref(ctypes.c_char_p(arguments)), None)
+        if status:
+            _driver.check(status, f"launch of {self.kernel.name} {self._shape}")
+
+
+def prepare(
+    kernel: Kernel,
+    device: int,
+    grid: int | tuple[int, int, int],
+    *,
+    threads: int | None = None,
+    smem: int | None = None,
+    cluster: int = 1,
+    programmatic: bool = False,
+) -> Prepared:
+    """Compile, load and shape a launch. threads, dynamic smem: the kernel's own numbers unless given.
+
+    cluster : CTAs of a cluster along x. programmatic : the launch may begin before the one in front of it in the stream has
+    ended; only for kernels that wait with ``griddepcontrol.wait`` before they touch what others write.
+    Raises KernelCompileError, NoGpuError, and ValueError where the device cannot run the kernel.
+    """
+    if not kernel.runs_on(capability(device)):
+        limit = compiler.shared_memory_limit(capability(device))
+        raise ValueError(
+            f"kernel {kernel.name!r} needs a compute capability from {kernel.capability} to {kernel.last} and "
+            f"{kernel.dynamic_smem} bytes of shared memory; device {device} has {capability(device)} and {limit}"
+        )
+    shape = (grid, 1, 1) if isinstance(grid, int) else grid
+    smem = kernel.dynamic_smem if smem is None else smem
+    return Prepared(kernel, device, shape, threads or kernel.threads, smem, cluster, programmatic)
+
+
+_functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
+_loading = threading.Lock()
+
+
+def _load(kernel: Kernel, device: int) -> ctypes.c_void_p:
+    """The kernel's function in the device's primary context, the one that the CUDA runtime and so CuPy use."""
+    with _loading:
+        function = _functions.get((kernel, device))
+        if function is None:
+            cubin = compiler.compile_kernel(kernel, compiler.architecture(capability(device)))
+            with on_device(device):
+                _make_context_current(device)
+                # a kernel without a number of its own is given some at each launch: it may have all that the device has
+                most = compiler.shared_memory_limit(capability(device)) - max(cubin.static_smem, 0)
+                function = _driver.load(cubin.code, kernel.entry, kernel.dynamic_smem or most)
+            _functions[kernel, device] = function
+    return function
+
+
+def _make_context_current(device: int) -> None:
+    """In a thread that has not used the GPU yet the driver knows no context; the runtime sets it on its first real call."""
+    runtime = _cupy().cuda.runtime
+    with _driver.relaxed_capture():
+        runtime.setDevice(device)
+        runtime.free(0)
+
+
+_workspaces: dict[tuple[int, int], list[Any]] = {}
+
+
+def workspace(device: int, size: int) -> int:
+    """Pointer to at least ``size`` bytes that belong to CuPy's current stream on ``device``.
+
+    Launches of one stream share it, one after the other. It only ever grows, and outgrown ones are kept: a captured graph
+    holds their addresses. Graphs captured on one stream must therefore not be replayed at the same time.
+    """
+    cupy = _cupy()
+    held = _workspaces.setdefault((device, cupy.cuda.get_current_stream().ptr), [])
+    if not held or held[-1].nbytes < size:
+        with _driver.relaxed_capture():
+            held.append(cupy.empty(max(size, 2 * held[-1].nbytes if held else 1 << 20), "u1"))
+    return int(held[-1].data.ptr)

@@ -1,0 +1,104 @@
+"""One layer with its input in the form that every recipe runs on, emulated or on the kernels."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cufuse import gemm, oracle, qkv
+from cufuse.bf16 import nearest
+from cufuse.checkpoint import AttentionLayer
+from cufuse.recipe import Recipe
+from cufuse.rope import rope_tables
+
+
+class LayerBlock:
+    """The layer's inputs in the form of ``qkv.stages``, and a memory of its projections: recipes that agree up to the
+    projection share it."""
+
+    def __init__(
+        self, layer: AttentionLayer, hidden_states: np.ndarray, separate: bool, first_position: int, device: str
+    ) -> None:
+        config = layer.config
+        self.device = device
+        self.compared = self.differing = 0
+        self.layer = layer
+        self.heads = qkv.Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.eps = config.rms_norm_eps
+        self.separate = (layer.q_proj, layer.k_proj, layer.v_proj)
+        self.weights: tuple[np.ndarray, ...] = self.separate if separate else (layer.qkv_proj,)
+        self.positions = np.arange(first_position, first_position + len(hidden_states))
+        self.tables = {
+            dtype: rope_tables(self.positions, config.head_dim, base=config.rope_theta, dtype=dtype)
+            for dtype in ("bfloat16", "float32")
+        }
+        self.inputs = {
+            "x": hidden_states,
+            "residual": None,
+            "norm_weight": layer.input_norm,
+            "q_norm_weight": layer.q_norm,
+            "k_norm_weight": layer.k_norm,
+        }
+        self.products: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def given(self, recipe: Recipe) -> dict[str, Any]:
+        cos, sin = self.tables[recipe.rope.tables]
+        return self.inputs | {"cos": cos, "sin": sin}
+
+    def run(self, recipe: Recipe) -> dict[str, np.ndarray]:
+        given = self.given(recipe)
+        numbered = {f"qkv_weight[{index}]": weight for index, weight in enumerate(self.weights)}
+        qkv.check(given | numbered, self.weights, recipe, self.heads.heads, self.heads.kv_heads, self.heads.head_dim)
+        found = qkv.stages(given, self.weights, self.heads, self.eps, recipe, projected=self._project)
+        return found if self.device == "cpu" else self._on_gpu(given, recipe, found)
+
+    def _on_gpu(self, given: dict[str, Any], recipe: Recipe, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The kernels' stages, after every bit was compared with the emulation's."""
+        from cufuse import gpu_stages
+
+        found = gpu_stages.stages(given, self.weights, self.heads, self.eps, recipe)
+        for stage, value in expected.items():
+            unsigned = f"u{value.dtype.itemsize}"
+            self.compared += value.size
+            self.differing += int(np.count_nonzero(value.view(unsigned) != found[stage].view(unsigned)))
+        return found
+
+    def one_call(self, recipe: Recipe) -> tuple[np.ndarray, ...]:
+        given = self.given(recipe)
+        weights: Any = self.weights if len(self.weights) == 3 else self.weights[0]
+        return qkv.rms_norm_qkv(
+            given["x"],
+            given["norm_weight"],
+            weights,
+            given["q_norm_weight"],
+            given["k_norm_weight"],
+            eps=self.eps,
+            cos=given["cos"],
+            sin=given["sin"],
+            heads=self.heads.heads,
+            head_dim=self.heads.head_dim,
+            recipe=recipe,
+        )
+
+    def oracle(self, weight_offset: float) -> dict[str, np.ndarray]:
+        cos, sin = oracle.rope_angles(self.positions, self.heads.head_dim, base=self.layer.config.rope_theta)
+        return oracle.qkv_stages(
+            self.inputs["x"],
+            self.layer.input_norm,
+            self.separate,
+            self.layer.q_norm,
+            self.layer.k_norm,
+            self.heads.head_dim,
+            eps=self.eps,
+            cos=cos,
+            sin=sin,
+            weight_offset=weight_offset,
+        )
+
+    def _project(self, x: np.ndarray, weight: np.ndarray, numerics: Any, k_slices: int) -> np.ndarray:
+        unrounded = dataclasses.replace(numerics, output="float32")
+        key = (x.tobytes(), x.dtype.str, id(weight), unrounded.core, k_slices)
+        if key not in self.products:
+            self.products[key] = gemm.project(x, weight, unrounded, k_slices)
+        product = self.products[key]
+        return nearest(product) if numerics.output == "bfloat16" else product

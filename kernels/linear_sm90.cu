@@ -1,0 +1,315 @@
+// linear on Hopper's warpgroup products (sm_90a): tiles of 64 or 128 rows of x by TILE_N rows of the weight, a persistent grid.
+//
+// out[m, n] = sum over k of x[m, k] * weight[n, k], any M and N; rows of x and weight are multiples of 16 bytes apart.
+// Order: each output has one float32 accumulator that starts at +0 and walks k upward, one wgmma m64nNk16 for each sixteen;
+// past K both operands are zero, which leaves an accumulator as it is. With slices, slice s covers k_per_slice values of k
+// (a multiple of 64) and writes its accumulators to out + s * M * N, as float32.
+// Output: the accumulator, or the accumulator rounded once to bfloat16 (nearest even).
+//
+// Warpgroup 0 brings TILE_K of both operands at a time into a ring of `depth` stages in dynamic shared memory; CONSUMERS more
+// warpgroups multiply 64 rows of the tile each. Where M is smaller than a tile only x_rows rows of it are brought: the products
+// read whatever lies behind them, which reaches outputs that do not exist and no others.
+// A cluster is CLUSTER_M tiles high and CLUSTER_N wide: each CTA fetches its share of the rows of x that its row of tiles needs
+// and its share of the weight's rows that its column of tiles needs, and sends them to all who need them.
+// BOX_STORE 1: out is bfloat16 and leaves through staging buffers and the copy engine (N a multiple of 8, out aligned to 16);
+// BOX_STORE 0: every thread stores its own values, bfloat16 or float32.
+#include "wgmma.cuh"
+
+constexpr int TILE_M = 64 * CONSUMERS, LINE = 64;  // k in a line of 128 bytes
+constexpr int LINES = TILE_K / LINE;
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SENDERS = CLUSTER_M + CLUSTER_N - 1;
+constexpr int THREADS = 128 * (1 + CONSUMERS);
+constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;  // one line of each of the tile's weight rows
+constexpr u32 SHARE_N = TILE_N / CLUSTER_M;      // rows of the weight that a CTA fetches
+constexpr u32 BUFFER_BYTES = 16 * 64 * 2;        // 16 rows of 64 outputs: a warp has two of them
+static_assert(SHARE_N % 8 == 0, "a share begins at a period of the swizzle");
+static_assert(!BOX_STORE || TILE_N % 64 == 0, "boxes of 64 columns cover a tile");
+
+struct Arguments {
+    TensorMap x_map, weight_map, out_map;
+    void* out;
+    int m, n, k, k_per_slice;
+    int tiles_m, tiles_n, slices;
+    int group_m;      // clusters one above the other that run together, for the L2 cache
+    int x_rows;       // rows of x in a stage: TILE_M, or fewer where M is; a multiple of 8 CLUSTER_N
+    int depth;        // stages of the ring
+    int out_float32, pairs;
+    int programmatic;  // launched as a dependent: only weights may be touched before the previous kernel ends
+    int buffers_at, barriers_at;  // bytes from the start of dynamic shared memory
+};
+
+// This CTA's place in its cluster.
+struct Rank {
+    int m, n;
+
+    __device__ __forceinline__ Rank() {
+        const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+        m = rank % CLUSTER_M, n = rank / CLUSTER_M;
+    }
+    static __device__ __forceinline__ int at(int m, int n) { return m + n * CLUSTER_M; }
+    // All who need the same rows of x, and the same rows of the weight.
+    __device__ __forceinline__ u32 same_m() const {
+        u32 mask = 0;
+        for (int i = 0; i < CLUSTER_N; ++i) mask |= 1u << at(m, i);
+        return mask;
+    }
+    __device__ __forceinline__ u32 same_n() const { return ((1u << CLUSTER_M) - 1) << at(0, n); }
+    // Number i of the SENDERS CTAs that write to this one's shared memory, itself among them.
+    __device__ __forceinline__ int sender(int i) const {
+        if (i < CLUSTER_M) return at(i, n);
+        const int other = i - CLUSTER_M;
+        return at(m, other < n ? other : other + 1);
+    }
+};
+
+// Piece of work number `index`: a cluster's tiles and a slice of K.
+struct Work {
+    int tile_m, tile_n, k, stages;  // first row, column and k; number of stages
+    int slice;
+
+    __device__ __forceinline__ Work(const Arguments& a, int index, const Rank& rank) {
+        const int high = (a.tiles_m + CLUSTER_M - 1) / CLUSTER_M, wide = (a.tiles_n + CLUSTER_N - 1) / CLUSTER_N;
+        slice = index / (high * wide);
+        index -= slice * high * wide;
+        const int group = index / (a.group_m * wide), inside = index - group * a.group_m * wide;
+        const int height = min(a.group_m, high - group * a.group_m);
+        tile_m = ((group * a.group_m + inside % height) * CLUSTER_M + rank.m) * TILE_M;
+        tile_n = (inside / height * CLUSTER_N + rank.n) * TILE_N;
+        k = slice * a.k_per_slice;
+        stages = (min(a.k - k, a.k_per_slice) + TILE_K - 1) / TILE_K;
+    }
+    static __device__ __forceinline__ int count(const Arguments& a) {
+        return (a.tiles_m + CLUSTER_M - 1) / CLUSTER_M * ((a.tiles_n + CLUSTER_N - 1) / CLUSTER_N) * a.slices;
+    }
+};
+
+// The ring: a stage has LINES pieces of x, then LINES pieces of the weight.
+struct Ring {
+    u32 first, full, empty, x_line_bytes, stage_bytes;
+    int depth;
+
+    __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
+        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), x_line_bytes(a.x_rows * 128),
+          stage_bytes(LINES * (x_line_bytes + WEIGHT_LINE_BYTES)), depth(a.depth) {}
+    __device__ __forceinline__ u32 x(int slot, int line) const { return first + slot * stage_bytes + line * x_line_bytes; }
+    __device__ __forceinline__ u32 weight(int slot, int line) const { return x(slot, LINES) + line * WEIGHT_LINE_BYTES; }
+};
+
+struct Place {
+    int slot;
+    u32 parity;
+
+    __device__ __forceinline__ void advance(int depth) {
+        if (++slot == depth) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// What the copy engine is asked for. The first stages' weights may be fetched while the kernel before this one still runs.
+struct Bringer {
+    const Arguments& a;
+    const Ring& ring;
+    const Rank& rank;
+    // one reading of the weight for many products of few rows: it is not worth room in the L2 cache, x is
+    static constexpr u64 X_POLICY = CONSUMERS == 1 ? EVICT_LAST : EVICT_NORMAL;
+    static constexpr u64 WEIGHT_POLICY = CONSUMERS == 1 ? EVICT_FIRST : EVICT_NORMAL;
+
+    __device__ __forceinline__ void expect(int slot) const {
+        barrier_arrive_expecting(ring.full + slot * 8, ring.stage_bytes);  // zeros from outside the tensors count too
+    }
+    __device__ __forceinline__ void bring_x(const Work& work, int stage, int slot) const {
+        const int share = a.x_rows / CLUSTER_N, row = work.tile_m + rank.n * share;
+        const u32 barrier = ring.full + slot * 8;
+#pragma unroll
+        for (int line = 0; line < LINES; ++line) {
+            const int k = work.k + stage * TILE_K + line * LINE;
+            const u32 target = ring.x(slot, line) + rank.n * share * 128;
+            if (CLUSTER_N > 1)
+                copy_box_to_all(target, &a.x_map, k, row, barrier, X_POLICY, rank.same_m());
+            else
+                copy_box(target, &a.x_map, k, row, barrier, X_POLICY);
+        }
+    }
+    __device__ __forceinline__ void bring_weight(const Work& work, int stage, int slot) const {
+        const int row = work.tile_n + rank.m * SHARE_N;
+        const u32 barrier = ring.full + slot * 8;
+#pragma unroll
+        for (int line = 0; line < LINES; ++line) {
+            const int k = work.k + stage * TILE_K + line * LINE;
+            const u32 target = ring.weight(slot, line) + rank.m * SHARE_N * 128;
+            if (CLUSTER_M > 1)
+                copy_box_to_all(target, &a.weight_map, k, row, barrier, WEIGHT_POLICY, rank.same_n());
+            else
+                copy_box(target, &a.weight_map, k, row, barrier, WEIGHT_POLICY);
+        }
+    }
+    __device__ __forceinline__ void run() const {
+        Place place = {0, 1};  // every slot is empty at first
+        for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
+            const Work work(a, index, rank);
+            int stage = 0;
+            if (a.programmatic && index == (int)(blockIdx.x / CLUSTER)) {
+                const int ahead = min(work.stages, ring.depth);
+                for (int i = 0; i < ahead; ++i) {
+                    expect(i);
+                    bring_weight(work, i, i);
+                }
+                wait_for_previous_kernel();
+                for (; stage < ahead; ++stage) {
+                    bring_x(work, stage, stage);
+                    place.advance(ring.depth);
+                }
+            }
+            for (; stage < work.stages; ++stage) {
+                barrier_wait(ring.empty + place.slot * 8, place.parity);
+                expect(place.slot);
+                bring_x(work, stage, place.slot);
+                bring_weight(work, stage, place.slot);
+                place.advance(ring.depth);
+            }
+        }
+    }
+};
+
+// Tells every CTA that sends here that this warpgroup has read the slot.
+static __device__ __forceinline__ void release(const Ring& ring, const Rank& rank, int slot) {
+    const int thread = threadIdx.x % 128;
+    if (CLUSTER > 1) {
+        if (thread < SENDERS) barrier_arrive_at(ring.empty + slot * 8, rank.sender(thread));
+    } else if (thread == 0) {
+        barrier_arrive(ring.empty + slot * 8);
+    }
+}
+
+// A warp's 16 rows through two buffers of 64 columns, in turn: while the copy engine reads one, the other is written.
+static __device__ __forceinline__ void store_boxes(
+    const Arguments& a, const float (&c)[TILE_N / 2], u32 buffers, u32& turn, int row, int column
+) {
+    const u32 lane = threadIdx.x & 31;
+    // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
+    const u32 line = (lane & 7) + (lane & 8), unit = swizzled_unit(lane >> 4, line);
+#pragma unroll
+    for (int box = 0; box < TILE_N / 64; ++box) {
+        const u32 buffer = buffers + turn * BUFFER_BYTES;
+        turn ^= 1;  // goes on from tile to tile: a tile may have an odd number of boxes
+        if (lane == 0) wait_for_store_reads<1>();
+        __syncwarp();
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            const float* v = c + (box * 4 + pair) * 8;
+            store_matrices(buffer + line * 128 + (unit ^ (2 * pair)) * 16, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                           pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        }
+        fence_shared_for_copies();
+        __syncwarp();
+        if (lane == 0) {
+            store_box(&a.out_map, column + box * 64, row, buffer);
+            commit_stores();
+        }
+    }
+}
+
+static __device__ __forceinline__ void store_pair(const Arguments& a, int slice, int row, int column, float first, float second) {
+    if (row >= a.m || column >= a.n) return;
+    const long long at = ((long long)slice * a.m + row) * a.n + column;
+    const bool both = column + 1 < a.n;
+    if (a.out_float32) {
+        float* out = (float*)a.out + at;
+        if (a.pairs) {
+            *(float2*)out = make_float2(first, second);
+        } else {
+            out[0] = first;
+            if (both) out[1] = second;
+        }
+    } else {
+        u16* out = (u16*)a.out + at;
+        const u32 word = pack_bf16(first, second);
+        if (a.pairs) {
+            *(u32*)out = word;
+        } else {
+            out[0] = (u16)word;
+            if (both) out[1] = (u16)(word >> 16);
+        }
+    }
+}
+
+static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, const Rank& rank, u32 buffers) {
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    buffers += (group * 4 + warp) * 2 * BUFFER_BYTES;
+    Place place = {0, 0};
+    u32 turn = 0;
+    for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
+        const Work work(a, index, rank);
+        float c[TILE_N / 2];
+        int before = 0;
+        for (int stage = 0; stage < work.stages; ++stage) {
+            barrier_wait(ring.full + place.slot * 8, place.parity);
+            products_fence();
+#pragma unroll
+            for (int line = 0; line < LINES; ++line) {
+                const u64 x = operand_descriptor(ring.x(place.slot, line) + group * 64 * 128);
+                const u64 weight = operand_descriptor(ring.weight(place.slot, line));
+#pragma unroll
+                for (int step = 0; step < LINE / 16; ++step)
+                    multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, stage > 0 || line > 0 || step > 0);
+            }
+            commit_products();
+            wait_for_products<1>();  // the stage before has been read
+            if (stage > 0) release(ring, rank, before);
+            before = place.slot;
+            place.advance(ring.depth);
+        }
+        wait_for_products<0>();
+        release(ring, rank, before);
+
+        const int row = work.tile_m + group * 64 + warp * 16;
+        if (BOX_STORE) {
+            store_boxes(a, c, buffers, turn, row, work.tile_n);
+        } else {
+#pragma unroll
+            for (int j = 0; j < TILE_N / 8; ++j) {
+                const int column = work.tile_n + j * 8 + lane % 4 * 2;
+                store_pair(a, work.slice, row + lane / 4, column, c[4 * j], c[4 * j + 1]);
+                store_pair(a, work.slice, row + lane / 4 + 8, column, c[4 * j + 2], c[4 * j + 3]);
+            }
+        }
+    }
+    if (BOX_STORE && lane == 0) wait_for_stores();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = shared_address(memory);
+    const Ring ring(a, shared);
+    const Rank rank;
+    if (threadIdx.x == 0) {
+        fetch_tensor_map(&a.x_map);
+        fetch_tensor_map(&a.weight_map);
+        for (int slot = 0; slot < ring.depth; ++slot) {
+            barrier_init(ring.full + slot * 8, 1);
+            barrier_init(ring.empty + slot * 8, CONSUMERS * SENDERS);
+        }
+        barrier_init_fence();
+    }
+    if (CLUSTER > 1)
+        sync_cluster();
+    else
+        __syncthreads();
+    let_next_kernel_begin();
+
+    // two consumers need more registers for their accumulators than an even share
+    if (threadIdx.x < 128) {
+        if (CONSUMERS > 1) give_registers_back<40>();
+        if (threadIdx.x == 0) Bringer{a, ring, rank}.run();
+    } else {
+        if (CONSUMERS > 1) take_registers<232>();
+        wait_for_previous_kernel();
+        multiply(a, ring, rank, shared + a.buffers_at);
+    }
+    if (CLUSTER > 1) {
+        __syncwarp();
+        sync_cluster();  // nobody leaves while others still send to its shared memory
+    }
+}

@@ -1,0 +1,197 @@
+"""Speed of ``rms_norm`` on a GPU beside PyTorch's ways, with the bits that each gives: python3 -m tests.gpu_bench_norm
+
+One table a size: microseconds of one call inside a CUDA graph of many calls over different memory (medians of the replays),
+bytes moved a second, and how many outputs differ from Hugging Face's eager module and from ``F.rms_norm``. Peers run in the same
+process, one after the other. A single row's buffers stay in the L2 cache, as activations do. ``--schedules`` also times both
+schedules of kernels/rms_norm.cu where they exist.
+"""
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cufuse
+from cufuse import _gpu_norm, _norm_kernels
+from tests import gpu_support
+from tests.golden import inputs
+from tests.gpu_support import EPS, codes, from_torch, to_gpu, to_torch, values
+
+SIZES = ((1, 4096), (64, 4096), (2048, 4096), (8192, 4096), (16384, 5120))
+SCHEDULE_SIZES = (
+    *((rows, 4096) for rows in (1, 8, 16, 132, 528, 2048, 8192)),
+    *((2048, 1024), (2048, 2048), (2048, 2560), (2048, 5120), (2048, 8192), (8192, 5120)),
+)
+CACHE_BYTES = 60 << 20
+MOST_CALLS = 400
+
+
+def buffers(rows: int, columns: int) -> tuple[Any, Any]:
+    """Inputs and outputs [n, rows, columns] of n calls: together four times the L2 cache, as far as 400 calls go."""
+    count = min(MOST_CALLS, max(4, -(-4 * CACHE_BYTES // (4 * rows * columns))))
+    x = values((count, rows, columns), rows)
+    return x, gpu_support.cupy().empty_like(x)
+
+
+def median_time(graph: Callable[[], None], calls: int) -> float:
+    """Microseconds a call, the median of replays between CUDA events on PyTorch's stream."""
+    torch = gpu_support.torch()
+    times = []
+    for turn in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph()
+        end.record()
+        end.synchronize()
+        if turn >= 3:
+            times.append(start.elapsed_time(end) * 1000 / calls)
+    return statistics.median(times)
+
+
+def torch_graph(call: Callable[[int], Any], calls: int) -> Callable[[], None]:
+    """A graph of call(0), call(1), ..., captured by PyTorch."""
+    torch = gpu_support.torch()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        for index in range(2):
+            call(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for index in range(calls):
+            call(index)
+    return graph.replay  # type: ignore[no-any-return]
+
+
+def cufuse_graph(call: Callable[[int], Any], calls: int) -> Callable[[], None]:
+    """The same of our launches, captured by CuPy and replayed on PyTorch's stream."""
+    gpu, torch = gpu_support.cupy(), gpu_support.torch()
+    call(0)
+    stream = gpu.cuda.Stream(non_blocking=True)
+    gpu.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        for index in range(calls):
+            call(index)
+        graph = stream.end_capture()
+    return lambda: graph.launch(gpu.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    torch = gpu_support.torch()
+    source, target = (torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * (1 << 30) / (median_time(lambda: target.copy_(source), 1) * 1e-6)
+
+
+def peers(weight: Any, compiled: bool) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """PyTorch's ways to the same norm, as functions of a tensor."""
+    torch = gpu_support.torch()
+    module = gpu_support.qwen3().Qwen3RMSNorm(len(weight), eps=EPS).to("cuda")
+    module.weight = torch.nn.Parameter(to_torch(weight), requires_grad=False)
+    yield "Hugging Face, eager", module
+    yield "F.rms_norm", lambda x: torch.nn.functional.rms_norm(x, (len(weight),), module.weight, eps=EPS)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        yield "torch.compile", torch.compile(module, dynamic=False)
+
+
+def differing(found: Any, expected: Any) -> int:
+    return int(gpu_support.cupy().count_nonzero(codes(found) != codes(expected)))
+
+
+def measure(rows: int, columns: int, compiled: bool) -> list[dict[str, Any]]:
+    """One line for each way: name, microseconds, terabytes a second, outputs that differ from the two references."""
+    torch = gpu_support.torch()
+    x, y = buffers(rows, columns)
+    weight = to_gpu(inputs.norm_weight(columns, 5, 96.5))
+    tensors = [to_torch(x[index]) for index in range(len(x))]
+    lines, references = [], {}
+    for name, function in peers(weight, compiled):
+        with torch.no_grad():
+            result = from_torch(function(tensors[0])).copy()
+        references[name] = result
+        time = median_time(torch_graph(lambda index, f=function: f(tensors[index]), len(x)), len(x))
+        lines.append({"way": name, "microseconds": time, "result": result})
+    for recipe in ("torch", "torch-rms-norm"):
+        y.view(np.uint16).fill(0xFFFF)
+        norm = partial(cufuse.rms_norm, weight=weight, eps=EPS, recipe=recipe)
+        result = norm(x[0], out=y[0]).copy()
+        time = median_time(cufuse_graph(lambda index, n=norm: n(x[index], out=y[index]), len(x)), len(x))
+        lines.append({"way": f"cufuse, {recipe}", "microseconds": time, "result": result})
+    for line in lines:
+        result = line.pop("result")
+        line["terabytes_per_second"] = 4 * rows * columns / line["microseconds"] * 1e-6
+        line["from_hugging_face"] = differing(result, references["Hugging Face, eager"])
+        line["from_f_rms_norm"] = differing(result, references["F.rms_norm"])
+    return lines
+
+
+def schedules(rows: int, columns: int) -> dict[str, float | None]:
+    """Microseconds of recipe torch with the row in registers and in shared memory, and which of them is chosen."""
+    x, y = buffers(rows, columns)
+    weight = to_gpu(inputs.norm_weight(columns, 5, 96.5))
+    found: dict[str, float | None] = {}
+    for name, direct in (("registers", True), ("shared", False), ("chosen", None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_gpu_norm, "configuration", partial(_norm_kernels.configuration, direct=direct))
+            patch.setattr(_gpu_norm, "_plans", {})
+            try:
+                graph = cufuse_graph(lambda index: cufuse.rms_norm(x[index], weight, eps=EPS, out=y[index]), len(x))
+            except ValueError:
+                found[name] = None
+                continue
+            found[name] = median_time(graph, len(x))
+    return found
+
+
+def host_time(calls: int = 2000) -> float:
+    """Microseconds of Python that one call of a single row costs, launch included."""
+    import time
+
+    x, weight = values((1, 4096), 1), to_gpu(inputs.norm_weight(4096, 5, 96.5))
+    out = gpu_support.cupy().empty_like(x)
+    for _ in range(50):
+        cufuse.rms_norm(x, weight, out=out)
+    gpu_support.cupy().cuda.Device().synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        cufuse.rms_norm(x, weight, out=out)
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes seconds a size)")
+    parser.add_argument("--schedules", action="store_true", help="time both schedules of the kernel too")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s; host time of a call: {host_time():.1f} us")
+    record: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "host_microseconds": host_time(), "sizes": {}, "schedules": {}}
+    print(f"{'size':>12} {'way':24} {'us':>9} {'TB/s':>6} {'of copy':>8} {'!= HF':>11} {'!= F.rms_norm':>14}")
+    for rows, columns in SIZES:
+        lines = measure(rows, columns, not given.no_compile)
+        record["sizes"][f"{rows}x{columns}"] = lines
+        for line in lines:
+            time, speed = line["microseconds"], line["terabytes_per_second"]
+            start = f"{f'{rows}x{columns}':>12} {line['way']:24} {time:9.2f} {speed:6.2f} {speed * 1e12 / bandwidth:8.0%}"
+            print(f"{start} {line['from_hugging_face']:11,} {line['from_f_rms_norm']:14,}", flush=True)
+    for rows, columns in SCHEDULE_SIZES if given.schedules else ():
+        found = record["schedules"][f"{rows}x{columns}"] = schedules(rows, columns)
+        texts = [f"{name} {'-' if time is None else f'{time:.2f}'}" for name, time in found.items()]
+        print(f"{f'{rows}x{columns}':>12} {', '.join(texts)}", flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
