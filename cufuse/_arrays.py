@@ -15,6 +15,13 @@ def backend(optional: dict[str, Any], /, **required: Any) -> str:
     """"numpy" or "cupy" for the named arrays, of which the optional ones may be None; TypeError where they mix or are something
     else."""
     given = {name: array for name, array in optional.items() if array is not None}
+    types = {type(array) for array in (*required.values(), *given.values())}
+    if len(types) == 1:  # the usual case, without a look at each
+        only, cupy = types.pop(), sys.modules.get("cupy")
+        if only is np.ndarray:
+            return "numpy"
+        if cupy is not None and only is cupy.ndarray:
+            return "cupy"
     kinds = {name: _kind(name, array) for name, array in (required | given).items()}
     found = set(kinds.values())
     if len(found) == 1:

@@ -13,12 +13,10 @@ from typing import Any, Final
 INVALID_CONTEXT: Final = 201
 """CUresult where a thread has not used the GPU before: the runtime has not made its context current there."""
 
-_BFLOAT16, _FLOAT32 = 9, 7  # CUtensorMapDataType
-_ELEMENT_BYTES: Final = {_BFLOAT16: 2, _FLOAT32: 4}
+_BFLOAT16: Final = 9  # CUtensorMapDataType
 _SWIZZLE_NONE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
 _PROMOTE_256B: Final = 3  # CUtensorMapL2promotion
 _ATTRIBUTE_CLUSTER, _ATTRIBUTE_PROGRAMMATIC = 4, 6  # CUlaunchAttributeID
-_FUNC_MAX_DYNAMIC_SMEM: Final = 8  # CUfunction_attribute
 _CAPTURE_RELAXED: Final = 2  # CUstreamCaptureMode
 _MAP_BYTES: Final = 128
 
@@ -78,18 +76,6 @@ def launch_config(
         attributes.append(_Attribute(_ATTRIBUTE_PROGRAMMATIC, b"", _AttributeValue(flag=1)))
     array = (_Attribute * len(attributes))(*attributes) if attributes else None
     return LaunchConfig(grid, (threads, 1, 1), shared_bytes, stream, array, len(attributes))
-
-
-def load(code: bytes, entry: str, dynamic_smem: int) -> ctypes.c_void_p:
-    """The function ``entry`` of a cubin in the current context, allowed that much dynamic shared memory. Never unloaded."""
-    driver = library()
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    with relaxed_capture():
-        check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-        check(driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), "cuModuleGetFunction")
-        status = driver.cuFuncSetAttribute(function, _FUNC_MAX_DYNAMIC_SMEM, dynamic_smem)
-        check(status, f"cuFuncSetAttribute({dynamic_smem} bytes of shared memory)")
-    return function
 
 
 @contextlib.contextmanager

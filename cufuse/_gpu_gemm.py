@@ -24,7 +24,9 @@ def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -
     n, k = weight.shape
     rows = x if x.ndim == 2 else _rows(x, k)
     _layout.require_unit_stride(x=rows, weight=weight)
-    slices = _slices(len(rows), n, k, gemm, k_slices)
+    slices = gemm.k_slices if k_slices is None else int(k_slices)
+    if slices == "cublas":
+        slices = _asked(rows.shape[0], n, k)
     if result.flags.c_contiguous:
         _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices)
         return result
@@ -47,12 +49,8 @@ def _rows(x: Any, k: int) -> Any:
 
 
 @functools.lru_cache(maxsize=65536)
-def _slices(m: int, n: int, k: int, gemm: Gemm, k_slices: int | None) -> int:
-    """Slices of K: as given, as the recipe says, or as the installed cuBLASLt answers; cached, so a warning comes once."""
-    if k_slices is not None:
-        return int(k_slices)
-    if gemm.k_slices != "cublas":
-        return gemm.k_slices
+def _asked(m: int, n: int, k: int) -> int:
+    """Slices of K as the installed cuBLASLt answers; cached, so a warning comes once."""
     try:
         return cublaslt.k_slices(m, n, k)
     except cublaslt.CublasLtError as error:

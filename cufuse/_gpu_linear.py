@@ -88,6 +88,7 @@ def _problem(x: Any, weight: Any, out: Any, alignment: tuple[int, ...], k_slices
         aligned_x=x.itemsize == 4 or (alignment[0] == 0 and x_stride % 8 == 0),
         aligned_weight=alignment[1] == 0 and weight_stride % 8 == 0,
         aligned_out=alignment[2] == 0,
+        mappable=x_stride >= k and weight_stride >= k,
         pairs=n % 2 == 0 and alignment[2] % (2 * out.itemsize) == 0,
         slice_k=slice_length(k, k_slices),
         capability=capability,
@@ -98,7 +99,8 @@ def _problem(x: Any, weight: Any, out: Any, alignment: tuple[int, ...], k_slices
 
 
 def _choose(problem: Problem) -> Launch:
-    if small_m.suits(problem) and (found := small_m.plan(problem, small_m.choose(problem))) is not None:
+    quicker = not tiles.suits_warpgroups(problem) or small_m.beats_warpgroups(problem)
+    if small_m.suits(problem) and quicker and (found := small_m.plan(problem, small_m.choose(problem))) is not None:
         return found
     if tiles.suits_warpgroups(problem):
         return tiles.plan_warpgroups(problem, tiles.choose_warpgroups(problem))

@@ -21,6 +21,7 @@ class Problem:
     x_stride, weight_stride : distance of two rows, in elements.
     float32_x : x holds float32, which are split into three bfloat16 parts first.
     aligned_x, aligned_weight, aligned_out : pointers and, for the inputs, distances of rows are multiples of 16 bytes.
+    mappable : rows lie one behind the other, as a tensor map wants them.
     pairs : two neighbouring outputs may be stored at once: n is even and out aligned to them.
     slice_k : values of k in a slice; slices = ceil(k / slice_k).
     programmatic : may begin before the kernel in front of it in the stream has ended (programmatic dependent launch).
@@ -36,6 +37,7 @@ class Problem:
     aligned_x: bool
     aligned_weight: bool
     aligned_out: bool
+    mappable: bool
     pairs: bool
     slice_k: int
     capability: int
@@ -52,6 +54,11 @@ class Problem:
     def vectors(self) -> bool:
         """Whether rows of both operands can be read 16 bytes at a time, to their end."""
         return self.aligned_x and self.aligned_weight and self.k % 8 == 0
+
+    @property
+    def maps(self) -> bool:
+        """Whether the copy engine can fetch bfloat16 boxes of both operands."""
+        return self.vectors and self.mappable and not self.float32_x
 
 
 def slice_length(k: int, k_slices: int) -> int:

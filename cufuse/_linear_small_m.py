@@ -22,7 +22,7 @@ _BARRIER_BYTES: Final = 2048
 _X_BUDGET: Final = 98304
 """Shared memory that x may take; the rings of the weight want the rest."""
 
-_ARGUMENTS: Final = struct.Struct("PPPqq3i2i2i2i3i3i28x")
+_ARGUMENTS: Final = struct.Struct("15i4xPPPqq24x")
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,13 @@ CONFIGURATIONS: Final = tuple(
 
 def suits(problem: Problem) -> bool:
     """Whether the kernel can do it at all: few rows, whole lines of 64 k, 16-byte copies, a copy engine."""
-    return (
-        problem.m <= MOST_ROWS
-        and problem.capability >= 90
-        and problem.k % 64 == 0
-        and problem.aligned_x
-        and problem.aligned_weight
-        and not problem.float32_x
-    )
+    return problem.m <= MOST_ROWS and problem.capability >= 90 and problem.k % 64 == 0 and problem.maps
+
+
+def beats_warpgroups(problem: Problem) -> bool:
+    """Whether it is quicker than linear_sm90 where both suit: it adds slices without another launch. With one slice it is not,
+    for any of 1 to 64 rows (H200, tests/gpu_bench_linear.py)."""
+    return problem.slices > 1
 
 
 def choose(problem: Problem) -> Configuration:
@@ -109,15 +108,16 @@ def plan(problem: Problem, configuration: Configuration) -> Launch | None:
     weight_shape, weight_strides = (64, p.n, p.k // 64), (p.weight_stride * 2, 128)
     x_shape, x_strides = (64, p.m, p.k // 64), (p.x_stride * 2, 128)
 
+    numbers = (
+        p.m, p.n, p.k, p.slice_k, work.slice_warps, work.warps, work.rounds, memory.depth, memory.x_depth, memory.rings_at,
+        memory.x_at, _BARRIER_BYTES, p.out_float32, p.pairs, p.programmatic,
+    )  # fmt: skip
+
     def arguments(x: int, weight: int, out: int) -> bytes:
         no_map = bytes(128)
         weight_map = _driver.tensor_map(weight, weight_shape, weight_strides, (64, c.rows, pieces)) if c.boxes else no_map
         x_map = no_map if c.resident else _driver.tensor_map(x, x_shape, x_strides, (64, c.tokens, pieces // c.cluster))
-        numbers = _ARGUMENTS.pack(
-            x, weight, out, p.x_stride, p.weight_stride, p.m, p.n, p.k, p.slice_k, work.slice_warps, work.warps, work.rounds,
-            memory.depth, memory.x_depth, memory.rings_at, memory.x_at, _BARRIER_BYTES, p.out_float32, p.pairs, p.programmatic,
-        )  # fmt: skip
-        return weight_map + x_map + numbers
+        return _ARGUMENTS.pack(*numbers, x, weight, out, p.x_stride, p.weight_stride) + weight_map + x_map
 
     threads = 32 * (work.warps + (0 if c.resident else 1))
     return Launch(c.kernel, (work.grid, 1, 1), arguments, threads, memory.size, c.cluster, programmatic=p.programmatic)

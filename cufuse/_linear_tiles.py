@@ -14,11 +14,17 @@ _WIDEST_OF_FEW_ROWS: Final = 128
 _BUFFER_BYTES: Final = 2 * 2048
 """Of one consumer warp, for boxes on their way out."""
 _MAX_DEPTH: Final = 32
+_LONG_STAGE_BYTES: Final = 56 * 1024
+"""A fourth of the shared memory."""
 _GROUP_ROWS: Final = 16
 """Tiles one above the other that run together: their rows of x and the weights of all columns in flight fit into the L2 cache."""
 
-_WARPGROUP_ARGUMENTS: Final = struct.Struct("P4i3i3i3i2i60x")
+_WARPGROUP_ARGUMENTS: Final = struct.Struct("15i4xP56x")
 _MMA_ARGUMENTS: Final = struct.Struct("PPPqq4i2i2i")
+
+
+_View = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Of a tensor map: shape, strides and box."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class WarpgroupConfiguration:
     def tile_m(self) -> int:
         """Rows of a tile."""
         return 64 * self.consumers
+
+    @property
+    def deep(self) -> bool:
+        """Whether a stage of an operand is one box of several lines of 64 k."""
+        return self.consumers == 1
 
     @property
     def kernel(self) -> Kernel:
@@ -77,18 +88,21 @@ class MmaConfiguration:
         return Kernel(name, "linear_sm80.cu", "linear_sm80", tuple(defines.items()), threads, smem)
 
 
+CLUSTERS: Final = ((1, 1),)
+"""Heights and widths of clusters to choose from, for many rows."""
+
 WARPGROUP: Final = tuple(
     [
-        WarpgroupConfiguration(1, tile_n, 1, cluster_n, tile_k=128)
+        WarpgroupConfiguration(1, tile_n, tile_k=tile_k)
         for tile_n in _WIDTHS
         if tile_n <= _WIDEST_OF_FEW_ROWS
-        for cluster_n in (1, 2)
+        for tile_k in (128, 256)
     ]
     + [
         WarpgroupConfiguration(2, tile_n, *cluster, box_store)
         for tile_n in _WIDTHS
         if tile_n >= 48
-        for cluster in ((1, 1), (2, 1), (1, 2))
+        for cluster in CLUSTERS
         for box_store in ((False, True) if tile_n % 64 == 0 else (False,))
     ]
 )
@@ -105,31 +119,37 @@ MMA: Final = (
 
 def suits_warpgroups(problem: Problem) -> bool:
     """Whether linear_sm90 can do it: Hopper, tensor maps over both operands."""
-    return problem.capability == 90 and problem.vectors and not problem.float32_x
+    return problem.capability == 90 and problem.maps
 
 
 def takes_warpgroups(problem: Problem, c: WarpgroupConfiguration) -> bool:
     """Whether a configuration can do it."""
     return (
         suits_warpgroups(problem)
-        and (c.consumers > 1 or problem.m <= c.tile_m)
+        and (not c.deep or (problem.m <= c.tile_m and problem.k % 64 == 0))
         and (problem.slices == 1 or problem.slice_k % c.tile_k == 0)
         and (boxes_allowed(problem) or not c.box_store)
     )
 
 
 def choose_warpgroups(problem: Problem) -> WarpgroupConfiguration:
-    """The tile and cluster that take the fewest cycles by a simple count."""
-    if problem.m <= 64 and problem.slices == 1:
-        fitting = [c for c in WARPGROUP if c.consumers == 1 and c.cluster_n == (2 if problem.m > 16 else 1)]
+    """The tile that takes the fewest cycles by a simple count."""
+    if problem.m <= 64 and problem.slices == 1 and problem.k % 64 == 0:
+        # longer stages cost less each, as long as four of them fit
+        fitting = [c for c in WARPGROUP if c.deep and (c.tile_k == 256) == (_stage_bytes(problem, c.tile_n) <= _LONG_STAGE_BYTES)]
     else:
         boxes = boxes_allowed(problem)
         fitting = [c for c in WARPGROUP if c.consumers == 2 and c.box_store == (boxes and c.tile_n % 64 == 0)]
     return min(fitting, key=lambda c: (_cycles(problem, c), -c.tile_n))
 
 
+def _stage_bytes(problem: Problem, tile_n: int) -> int:
+    """Of 256 k, for few rows."""
+    return (ceil_div(problem.m, 8) * 8 + tile_n) * 512
+
+
 def _cycles(problem: Problem, c: WarpgroupConfiguration) -> int:
-    high, wide, rounds = _rounds(problem, c)
+    _, _, rounds = _rounds(problem, c)
     x_rows = _x_rows(problem, c)
     # 64 k of a tile: the products, or what the L2 cache delivers (some 40 bytes a cycle); then the way out
     fetched = (x_rows // c.cluster_n + c.tile_n // c.cluster_m) * 128
@@ -145,7 +165,7 @@ def _rounds(problem: Problem, c: WarpgroupConfiguration) -> tuple[int, int, int]
 
 
 def _x_rows(problem: Problem, c: WarpgroupConfiguration) -> int:
-    unit = 8 * c.cluster_n
+    unit = 8 if c.deep else 8 * c.cluster_n
     return min(c.tile_m, ceil_div(problem.m, unit) * unit)
 
 
@@ -171,17 +191,26 @@ def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> 
     depth = min((p.shared_memory - buffers - behind - 16 * _MAX_DEPTH) // stage, _MAX_DEPTH)
     buffers_at, barriers_at = depth * stage, depth * stage + buffers
     size = max(barriers_at + 16 * depth, depth * stage + behind)
-    tail = (
+    numbers = (
         p.m, p.n, p.k, p.slice_k, tiles_m, tiles_n, p.slices, max(1, _GROUP_ROWS * 128 // (c.tile_m * c.cluster_m)), x_rows, depth,
         p.out_float32 or partial, p.pairs, p.programmatic, buffers_at, barriers_at,
     )  # fmt: skip
+    x_view: _View
+    weight_view: _View
+    if c.deep:
+        pieces_of_k, lines = p.k // 64, c.tile_k // 64
+        x_view = ((64, p.m, pieces_of_k), (p.x_stride * 2, 128), (64, x_rows, lines // c.cluster_n))
+        weight_view = ((64, p.n, pieces_of_k), (p.weight_stride * 2, 128), (64, c.tile_n, lines))
+    else:
+        x_view = ((p.k, p.m), (p.x_stride * 2,), (64, x_rows // c.cluster_n))
+        weight_view = ((p.k, p.n), (p.weight_stride * 2,), (64, c.tile_n // c.cluster_m))
 
     def arguments(x: int, weight: int, out: int) -> bytes:
         return (
-            _driver.tensor_map(x, (p.k, p.m), (p.x_stride * 2,), (64, x_rows // c.cluster_n))
-            + _driver.tensor_map(weight, (p.k, p.n), (p.weight_stride * 2,), (64, c.tile_n // c.cluster_m))
+            _WARPGROUP_ARGUMENTS.pack(*numbers, out)
+            + _driver.tensor_map(x, *x_view)
+            + _driver.tensor_map(weight, *weight_view)
             + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (64, 16)) if c.box_store else bytes(128))
-            + _WARPGROUP_ARGUMENTS.pack(out, *tail)
         )
 
     return Launch(

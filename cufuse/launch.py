@@ -7,11 +7,14 @@ captured in a CUDA graph; the first one of a kernel compiles and loads it (in a 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib
 import pkgutil
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cufuse
@@ -179,23 +182,35 @@ def prepare(
     return Prepared(kernel, device, shape, threads or kernel.threads, smem, cluster, programmatic)
 
 
-_functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
+_functions: dict[tuple[Kernel, int], tuple[Any, ctypes.c_void_p]] = {}
 _loading = threading.Lock()
 
 
 def _load(kernel: Kernel, device: int) -> ctypes.c_void_p:
     """The kernel's function in the device's primary context, the one that the CUDA runtime and so CuPy use."""
     with _loading:
-        function = _functions.get((kernel, device))
-        if function is None:
+        found = _functions.get((kernel, device))
+        if found is None:
             cubin = compiler.compile_kernel(kernel, compiler.architecture(capability(device)))
             with on_device(device):
                 _make_context_current(device)
                 # a kernel without a number of its own is given some at each launch: it may have all that the device has
                 most = compiler.shared_memory_limit(capability(device)) - max(cubin.static_smem, 0)
-                function = _driver.load(cubin.code, kernel.entry, kernel.dynamic_smem or most)
-            _functions[kernel, device] = function
-    return function
+                found = _from_cubin(cubin.code, kernel.entry, kernel.dynamic_smem or most)
+            _functions[kernel, device] = found
+    return found[1]
+
+
+def _from_cubin(code: bytes, entry: str, dynamic_smem: int) -> tuple[Any, ctypes.c_void_p]:
+    """The function ``entry`` of a cubin on the current device, its dynamic shared memory allowed: CuPy's RawKernel, which
+    keeps it loaded, and the driver's handle."""
+    # RawModule reads machine code from files alone, and remembers modules by path: the name has to belong to the content
+    with tempfile.TemporaryDirectory(prefix="cufuse-") as folder, _driver.relaxed_capture():
+        path = Path(folder) / f"{hashlib.sha256(code).hexdigest()}.cubin"
+        path.write_bytes(code)
+        function = _cupy().RawModule(path=str(path)).get_function(entry)
+        function.max_dynamic_shared_size_bytes = dynamic_smem
+        return function, ctypes.c_void_p(function.kernel.ptr)
 
 
 def _make_context_current(device: int) -> None:

@@ -21,8 +21,9 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6, recipe: str | Recipe = "
 
     Parameters
     ----------
-    x : [..., K], bfloat16; float32 too where the recipe has float32 activations. Any strides. The rows before the last axis
-        are counted together: PyTorch's order of the sum depends on their number.
+    x : [..., K], bfloat16; float32 too where the recipe has float32 activations. Any strides for
+        NumPy; for CuPy unit stride along K and rows at two levels of strides at most, such as the heads of a packed projection
+        (ValueError otherwise). The rows are counted together: PyTorch's order of the sum depends on their number.
     weight : [K], bfloat16, or float32 where the recipe takes it ("torch": the result is then float32, PyTorch's promotion).
     eps : added to the mean as a float32; finite and >= 0.
     recipe : name or Recipe.

@@ -21,7 +21,8 @@ def rope(
 
     Parameters
     ----------
-    q, k : [..., Hq, D] and [..., Hkv, D]; bfloat16, or float32 where the recipe's head norm leaves float32. D even. Any strides.
+    q, k : [..., Hq, D] and [..., Hkv, D]; bfloat16, or float32 where the recipe's head norm leaves float32. D even. Any strides
+        for NumPy; for CuPy unit stride along D and two levels of strides before it at most (ValueError otherwise).
     cos, sin : [..., D], one row for each position (``cufuse.rope_tables``); they broadcast over the heads. bfloat16 or
         float32; float32 ones are rounded first where the recipe has bfloat16 tables.
     out : a pair of arrays to write to.

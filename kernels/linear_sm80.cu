@@ -13,6 +13,7 @@
 // VECTOR: pointers and row strides are multiples of 16 bytes and K of 8; without it values are loaded one by one.
 // TILE_M x TILE_N outputs a CTA, WARPS_M x WARPS_N warps, STAGES of 64 k in dynamic shared memory.
 #include "mma.cuh"
+#include "outputs.cuh"
 
 #define TILE_K 64
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
@@ -88,30 +89,6 @@ static __device__ __forceinline__ void multiply_stage(float (&c)[M_STEPS][N_STEP
     }
 }
 
-static __device__ __forceinline__ void store_pair(const Arguments& a, int row, int column, float first, float second) {
-    if (row >= a.m || column >= a.n) return;
-    const long long at = ((long long)blockIdx.y * a.m + row) * a.n + column;
-    const bool both = column + 1 < a.n;
-    if (a.out_float32) {
-        float* out = (float*)a.out + at;
-        if (a.pairs) {
-            *(float2*)out = make_float2(first, second);
-        } else {
-            out[0] = first;
-            if (both) out[1] = second;
-        }
-    } else {
-        u16* out = (u16*)a.out + at;
-        const u32 word = pack_bf16(first, second);
-        if (a.pairs) {
-            *(u32*)out = word;
-        } else {
-            out[0] = (u16)word;
-            if (both) out[1] = (u16)(word >> 16);
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm80(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char memory[];
     const u32 shared = shared_address(memory);
@@ -149,12 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm80(const __gri
         multiply_stage(c, source + warp_m * X_ROW, source + X_BYTES + warp_n * WEIGHT_ROW);
     }
 
+    const Output output = {a.out, a.m, a.n, a.out_float32 != 0, a.pairs != 0};
 #pragma unroll
     for (int i = 0; i < M_STEPS; ++i)
-#pragma unroll
-        for (int j = 0; j < N_STEPS; ++j) {
-            const int row = tile_m + warp_m + i * 16 + lane / 4, column = tile_n + warp_n + j * 8 + lane % 4 * 2;
-            store_pair(a, row, column, c[i][j][0], c[i][j][1]);
-            store_pair(a, row + 8, column, c[i][j][2], c[i][j][3]);
-        }
+        output.store_rows<WARP_N>(blockIdx.y, tile_m + warp_m + i * 16, tile_n + warp_n, &c[i][0][0], lane);
 }

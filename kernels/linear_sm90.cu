@@ -9,33 +9,37 @@
 // Warpgroup 0 brings TILE_K of both operands at a time into a ring of `depth` stages in dynamic shared memory; CONSUMERS more
 // warpgroups multiply 64 rows of the tile each. Where M is smaller than a tile only x_rows rows of it are brought: the products
 // read whatever lies behind them, which reaches outputs that do not exist and no others.
-// A cluster is CLUSTER_M tiles high and CLUSTER_N wide: each CTA fetches its share of the rows of x that its row of tiles needs
-// and its share of the weight's rows that its column of tiles needs, and sends them to all who need them.
+// A cluster is CLUSTER_M tiles high and CLUSTER_N wide: each CTA fetches its share of the x that its row of tiles needs and of
+// the weight that its column of tiles needs, and sends it to all who need it.
+// With CONSUMERS = 1 an operand's stage is one copy of a 3-D box, the matrix seen as [K/64][rows][64], and K a multiple of 64.
 // BOX_STORE 1: out is bfloat16 and leaves through staging buffers and the copy engine (N a multiple of 8, out aligned to 16);
 // BOX_STORE 0: every thread stores its own values, bfloat16 or float32.
 #include "wgmma.cuh"
+#include "outputs.cuh"
 
 constexpr int TILE_M = 64 * CONSUMERS, LINE = 64;  // k in a line of 128 bytes
 constexpr int LINES = TILE_K / LINE;
+constexpr bool DEEP = CONSUMERS == 1;
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SENDERS = CLUSTER_M + CLUSTER_N - 1;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;  // one line of each of the tile's weight rows
 constexpr u32 SHARE_N = TILE_N / CLUSTER_M;      // rows of the weight that a CTA fetches
 constexpr u32 BUFFER_BYTES = 16 * 64 * 2;        // 16 rows of 64 outputs: a warp has two of them
 static_assert(SHARE_N % 8 == 0, "a share begins at a period of the swizzle");
+static_assert(!DEEP || (CLUSTER_M == 1 && LINES % CLUSTER_N == 0), "CTAs of a cluster fetch the same number of lines of x");
 static_assert(!BOX_STORE || TILE_N % 64 == 0, "boxes of 64 columns cover a tile");
 
 struct Arguments {
-    TensorMap x_map, weight_map, out_map;
-    void* out;
     int m, n, k, k_per_slice;
     int tiles_m, tiles_n, slices;
-    int group_m;      // clusters one above the other that run together, for the L2 cache
-    int x_rows;       // rows of x in a stage: TILE_M, or fewer where M is; a multiple of 8 CLUSTER_N
-    int depth;        // stages of the ring
+    int group_m;  // clusters one above the other that run together, for the L2 cache
+    int x_rows;   // rows of x in a stage: TILE_M, or fewer where M is; a multiple of 8
+    int depth;    // stages of the ring
     int out_float32, pairs;
-    int programmatic;  // launched as a dependent: only weights may be touched before the previous kernel ends
+    int programmatic;             // launched as a dependent: only weights may be touched before the previous kernel ends
     int buffers_at, barriers_at;  // bytes from the start of dynamic shared memory
+    void* out;
+    TensorMap x_map, weight_map, out_map;
 };
 
 // This CTA's place in its cluster.
@@ -69,12 +73,18 @@ struct Work {
 
     __device__ __forceinline__ Work(const Arguments& a, int index, const Rank& rank) {
         const int high = (a.tiles_m + CLUSTER_M - 1) / CLUSTER_M, wide = (a.tiles_n + CLUSTER_N - 1) / CLUSTER_N;
-        slice = index / (high * wide);
-        index -= slice * high * wide;
-        const int group = index / (a.group_m * wide), inside = index - group * a.group_m * wide;
-        const int height = min(a.group_m, high - group * a.group_m);
-        tile_m = ((group * a.group_m + inside % height) * CLUSTER_M + rank.m) * TILE_M;
-        tile_n = (inside / height * CLUSTER_N + rank.n) * TILE_N;
+        int row = 0, column = index;
+        slice = 0;
+        if (high > 1 || a.slices > 1) {  // divisions, which a short launch would wait for
+            slice = index / (high * wide);
+            index -= slice * high * wide;
+            const int group = index / (a.group_m * wide), inside = index - group * a.group_m * wide;
+            const int height = min(a.group_m, high - group * a.group_m);
+            row = group * a.group_m + inside % height;
+            column = inside / height;
+        }
+        tile_m = (row * CLUSTER_M + rank.m) * TILE_M;
+        tile_n = (column * CLUSTER_N + rank.n) * TILE_N;
         k = slice * a.k_per_slice;
         stages = (min(a.k - k, a.k_per_slice) + TILE_K - 1) / TILE_K;
     }
@@ -107,61 +117,81 @@ struct Place {
     }
 };
 
-// What the copy engine is asked for. The first stages' weights may be fetched while the kernel before this one still runs.
+// What the copy engine is asked for.
 struct Bringer {
     const Arguments& a;
     const Ring& ring;
     const Rank& rank;
-    // one reading of the weight for many products of few rows: it is not worth room in the L2 cache, x is
-    static constexpr u64 X_POLICY = CONSUMERS == 1 ? EVICT_LAST : EVICT_NORMAL;
+    // few rows: the weight is read once and not worth room in the L2 cache
     static constexpr u64 WEIGHT_POLICY = CONSUMERS == 1 ? EVICT_FIRST : EVICT_NORMAL;
 
     __device__ __forceinline__ void expect(int slot) const {
         barrier_arrive_expecting(ring.full + slot * 8, ring.stage_bytes);  // zeros from outside the tensors count too
     }
     __device__ __forceinline__ void bring_x(const Work& work, int stage, int slot) const {
-        const int share = a.x_rows / CLUSTER_N, row = work.tile_m + rank.n * share;
         const u32 barrier = ring.full + slot * 8;
+        const int k = work.k + stage * TILE_K;
+        if (DEEP) {
+            const int first = rank.n * (LINES / CLUSTER_N);
+            const u32 target = ring.x(slot, first);
+            if (CLUSTER_N > 1)
+                copy_box_to_all(target, &a.x_map, 0, work.tile_m, k / LINE + first, barrier, EVICT_NORMAL, rank.same_m());
+            else
+                copy_box(target, &a.x_map, 0, work.tile_m, k / LINE, barrier, EVICT_NORMAL);
+            return;
+        }
+        const int share = a.x_rows / CLUSTER_N, row = work.tile_m + rank.n * share;
 #pragma unroll
         for (int line = 0; line < LINES; ++line) {
-            const int k = work.k + stage * TILE_K + line * LINE;
             const u32 target = ring.x(slot, line) + rank.n * share * 128;
             if (CLUSTER_N > 1)
-                copy_box_to_all(target, &a.x_map, k, row, barrier, X_POLICY, rank.same_m());
+                copy_box_to_all(target, &a.x_map, k + line * LINE, row, barrier, EVICT_NORMAL, rank.same_m());
             else
-                copy_box(target, &a.x_map, k, row, barrier, X_POLICY);
+                copy_box(target, &a.x_map, k + line * LINE, row, barrier, EVICT_NORMAL);
         }
     }
     __device__ __forceinline__ void bring_weight(const Work& work, int stage, int slot) const {
-        const int row = work.tile_n + rank.m * SHARE_N;
         const u32 barrier = ring.full + slot * 8;
+        const int k = work.k + stage * TILE_K, row = work.tile_n + rank.m * SHARE_N;
+        if (DEEP) {
+            copy_box(ring.weight(slot, 0), &a.weight_map, 0, row, k / LINE, barrier, WEIGHT_POLICY);
+            return;
+        }
 #pragma unroll
         for (int line = 0; line < LINES; ++line) {
-            const int k = work.k + stage * TILE_K + line * LINE;
             const u32 target = ring.weight(slot, line) + rank.m * SHARE_N * 128;
             if (CLUSTER_M > 1)
-                copy_box_to_all(target, &a.weight_map, k, row, barrier, WEIGHT_POLICY, rank.same_n());
+                copy_box_to_all(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY, rank.same_n());
             else
-                copy_box(target, &a.weight_map, k, row, barrier, WEIGHT_POLICY);
+                copy_box(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY);
         }
     }
-    __device__ __forceinline__ void run() const {
-        Place place = {0, 1};  // every slot is empty at first
-        for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
-            const Work work(a, index, rank);
-            int stage = 0;
-            if (a.programmatic && index == (int)(blockIdx.x / CLUSTER)) {
-                const int ahead = min(work.stages, ring.depth);
-                for (int i = 0; i < ahead; ++i) {
-                    expect(i);
-                    bring_weight(work, i, i);
-                }
-                wait_for_previous_kernel();
-                for (; stage < ahead; ++stage) {
-                    bring_x(work, stage, stage);
-                    place.advance(ring.depth);
-                }
+    // The stages that the empty ring takes; returns how many. A dependent launch fetches their weights while the kernel before
+    // it still runs. Without a cluster nobody else has to know a barrier before its copy is on its way.
+    __device__ __forceinline__ int fill(const Work& work) const {
+        const int ahead = min(work.stages, ring.depth);
+#pragma unroll 1
+        for (int stage = 0; stage < ahead; ++stage) {
+            if (CLUSTER == 1) {
+                barrier_init(ring.full + stage * 8, 1);
+                barrier_init_fence();
             }
+            expect(stage);
+            if (!a.programmatic) bring_x(work, stage, stage);
+            bring_weight(work, stage, stage);
+        }
+        if (a.programmatic) {
+            wait_for_previous_kernel();
+#pragma unroll 1
+            for (int stage = 0; stage < ahead; ++stage) bring_x(work, stage, stage);
+        }
+        return ahead;
+    }
+    // All that follow the first `stage` stages of the CTA's first piece of work.
+    __device__ __forceinline__ void go_on(Work work, int stage) const {
+        Place place = {stage, 1};  // the ring was empty
+        if (stage == ring.depth) place = {0, 0};
+        for (int index = blockIdx.x / CLUSTER;;) {
             for (; stage < work.stages; ++stage) {
                 barrier_wait(ring.empty + place.slot * 8, place.parity);
                 expect(place.slot);
@@ -169,6 +199,10 @@ struct Bringer {
                 bring_weight(work, stage, place.slot);
                 place.advance(ring.depth);
             }
+            index += gridDim.x / CLUSTER;
+            if (index >= Work::count(a)) return;
+            work = Work(a, index, rank);
+            stage = 0;
         }
     }
 };
@@ -211,33 +245,10 @@ static __device__ __forceinline__ void store_boxes(
     }
 }
 
-static __device__ __forceinline__ void store_pair(const Arguments& a, int slice, int row, int column, float first, float second) {
-    if (row >= a.m || column >= a.n) return;
-    const long long at = ((long long)slice * a.m + row) * a.n + column;
-    const bool both = column + 1 < a.n;
-    if (a.out_float32) {
-        float* out = (float*)a.out + at;
-        if (a.pairs) {
-            *(float2*)out = make_float2(first, second);
-        } else {
-            out[0] = first;
-            if (both) out[1] = second;
-        }
-    } else {
-        u16* out = (u16*)a.out + at;
-        const u32 word = pack_bf16(first, second);
-        if (a.pairs) {
-            *(u32*)out = word;
-        } else {
-            out[0] = (u16)word;
-            if (both) out[1] = (u16)(word >> 16);
-        }
-    }
-}
-
 static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, const Rank& rank, u32 buffers) {
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     buffers += (group * 4 + warp) * 2 * BUFFER_BYTES;
+    const Output output = {a.out, a.m, a.n, a.out_float32 != 0, a.pairs != 0};
     Place place = {0, 0};
     u32 turn = 0;
     for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
@@ -265,16 +276,10 @@ static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& 
         release(ring, rank, before);
 
         const int row = work.tile_m + group * 64 + warp * 16;
-        if (BOX_STORE) {
+        if (BOX_STORE)
             store_boxes(a, c, buffers, turn, row, work.tile_n);
-        } else {
-#pragma unroll
-            for (int j = 0; j < TILE_N / 8; ++j) {
-                const int column = work.tile_n + j * 8 + lane % 4 * 2;
-                store_pair(a, work.slice, row + lane / 4, column, c[4 * j], c[4 * j + 1]);
-                store_pair(a, work.slice, row + lane / 4 + 8, column, c[4 * j + 2], c[4 * j + 3]);
-            }
-        }
+        else
+            output.store_rows<TILE_N>(work.slice, row, work.tile_n, c, lane);
     }
     if (BOX_STORE && lane == 0) wait_for_stores();
 }
@@ -284,25 +289,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     const u32 shared = shared_address(memory);
     const Ring ring(a, shared);
     const Rank rank;
+    const Bringer bringer = {a, ring, rank};
+    const Work first(a, blockIdx.x / CLUSTER, rank);
+    int stages = 0;  // on their way
+
+    let_next_kernel_begin();
     if (threadIdx.x == 0) {
-        fetch_tensor_map(&a.x_map);
         fetch_tensor_map(&a.weight_map);
-        for (int slot = 0; slot < ring.depth; ++slot) {
-            barrier_init(ring.full + slot * 8, 1);
-            barrier_init(ring.empty + slot * 8, CONSUMERS * SENDERS);
-        }
+        fetch_tensor_map(&a.x_map);
+        if (CLUSTER == 1) stages = bringer.fill(first);
+#pragma unroll 1
+        for (int slot = stages; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
+        barrier_init_fence();
+    } else if (threadIdx.x == 32) {
+#pragma unroll 1
+        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.empty + slot * 8, CONSUMERS * SENDERS);
         barrier_init_fence();
     }
+    __syncwarp();
     if (CLUSTER > 1)
         sync_cluster();
     else
         __syncthreads();
-    let_next_kernel_begin();
 
     // two consumers need more registers for their accumulators than an even share
     if (threadIdx.x < 128) {
         if (CONSUMERS > 1) give_registers_back<40>();
-        if (threadIdx.x == 0) Bringer{a, ring, rank}.run();
+        if (threadIdx.x == 0) {
+            if (CLUSTER > 1) stages = bringer.fill(first);
+            bringer.go_on(first, stages);
+        }
     } else {
         if (CONSUMERS > 1) take_registers<232>();
         wait_for_previous_kernel();

@@ -31,20 +31,20 @@ static_assert(PIECES % CLUSTER == 0, "every CTA of a cluster fetches the same nu
 static_assert(!RESIDENT || (TOKENS == 8 && CLUSTER == 1), "x is resident for at most eight rows");
 
 struct Arguments {
-    TensorMap weight_map, x_map;
+    int m, n, k;
+    int slice_k, slice_warps;
+    int warps;                    // that multiply: a multiple of slice_warps
+    int rounds;                   // tiles of a warp, one after the other
+    int depth, x_depth;           // stages of a warp's ring, of x's ring
+    int rings_at, x_at, sums_at;  // bytes from the start of dynamic shared memory; barriers come first
+    int out_float32;
+    int pairs;                    // two neighbouring outputs may be stored at once
+    int programmatic;             // launched as a dependent: only weights may be touched before the previous kernel ends
     const u16* x;
     const u16* weight;
     void* out;
     long long x_stride, weight_stride;  // in elements
-    int m, n, k;
-    int slice_k, slice_warps;
-    int warps;                     // that multiply: a multiple of slice_warps
-    int rounds;                    // tiles of a warp, one after the other
-    int depth, x_depth;            // stages of a warp's ring, of x's ring
-    int rings_at, x_at, sums_at;   // bytes from the start of dynamic shared memory; barriers come first
-    int out_float32;
-    int pairs;                     // two neighbouring outputs may be stored at once
-    int programmatic;              // launched as a dependent: only weights may be touched before the previous kernel ends
+    TensorMap weight_map, x_map;
 };
 
 // Addresses in a stage that do not change: where this lane's line begins, and its unit of 16 bytes at step 0.
@@ -191,6 +191,10 @@ struct Stream {
     }
 };
 
+static __device__ __forceinline__ int stages_of_a_round(const Arguments& a) {
+    return ((a.slice_warps > 1 ? a.slice_k : a.k) + STAGE_K - 1) / STAGE_K;
+}
+
 // A place in a ring, and the parity of the phase that it is in.
 struct Place {
     int slot;
@@ -204,28 +208,37 @@ struct Place {
     }
 };
 
-// The warp that brings x: stage after stage, for every round again, each with the slices' pieces one after the other.
-static __device__ __forceinline__ void bring_x(const Arguments& a, u32 x, u32 full, u32 empty) {
-    constexpr int SHARE = PIECES / CLUSTER;
-    const int stages = (a.slice_warps > 1 ? a.slice_k : a.k) + STAGE_K - 1;
-    const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
-    Place place = {0, 1};  // every slot is empty at first
-    for (int round = 0; round < a.rounds; ++round)
-        for (int stage = 0; stage < stages / STAGE_K; ++stage) {
+// x on its way into its ring: stage after stage, for every round again, each with the slices' pieces one after the other.
+struct XStream {
+    u32 ring, full, empty;
+    int stages, left;  // of a round; to be brought in all
+    int stage;
+    Place place;
+
+    __device__ __forceinline__ XStream(const Arguments& a, u32 ring_, u32 full_, u32 empty_)
+        : ring(ring_), full(full_), empty(empty_), stages(stages_of_a_round(a)), left(stages * a.rounds), stage(0),
+          place({0, 1}) {}  // every slot is empty at first
+    __device__ __forceinline__ void bring(const Arguments& a, int count) {
+        constexpr int SHARE = PIECES / CLUSTER;
+        const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+#pragma unroll 1
+        for (count = min(count, left), left -= count; count > 0; --count) {
             const u32 barrier = full + place.slot * 8;
             barrier_wait(empty + place.slot * 8, place.parity);
             barrier_arrive_expecting(barrier, X_STAGE_BYTES * a.slice_warps);
             for (int slice = 0; slice < a.slice_warps; ++slice) {
-                const u32 target = x + (place.slot * a.slice_warps + slice) * X_STAGE_BYTES + rank * SHARE * X_PIECE_BYTES;
+                const u32 target = ring + (place.slot * a.slice_warps + slice) * X_STAGE_BYTES + rank * SHARE * X_PIECE_BYTES;
                 const int piece = (slice * a.slice_k + stage * STAGE_K) / PIECE + rank * SHARE;
                 if (CLUSTER > 1)
-                    copy_box_to_all(target, &a.x_map, 0, 0, piece, barrier, EVICT_LAST, (1u << CLUSTER) - 1);
+                    copy_box_to_all(target, &a.x_map, 0, 0, piece, barrier, EVICT_NORMAL, (1u << CLUSTER) - 1);
                 else
-                    copy_box(target, &a.x_map, 0, 0, piece, barrier, EVICT_LAST);
+                    copy_box(target, &a.x_map, 0, 0, piece, barrier, EVICT_NORMAL);
             }
             place.advance(a.x_depth);
+            if (++stage == stages) stage = 0;
         }
-}
+    }
+};
 
 // A stage's pieces into the accumulators, ending slices on the way.
 static __device__ __forceinline__ void multiply_stage(
@@ -257,54 +270,68 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) linear_small_m(cons
     const u32 x_full = shared, x_empty = shared + MAX_X_DEPTH * 8, ring_barriers = shared + 2 * MAX_X_DEPTH * 8;
     const bool multiplies = warp < a.warps;
 
-    const int slice = warp % a.slice_warps, tiles_at_once = a.warps / a.slice_warps;
+    // divisions, which a short launch would wait for, only where there is something to divide
+    const int group = a.slice_warps > 1 ? warp / a.slice_warps : warp, slice = a.slice_warps > 1 ? warp % a.slice_warps : 0;
+    const int tiles_at_once = a.slice_warps > 1 ? a.warps / a.slice_warps : a.warps;
     const int k_begin = a.slice_warps > 1 ? slice * a.slice_k : 0;
     const int k_end = a.slice_warps > 1 ? min(a.k, k_begin + a.slice_k) : a.k;
     const int tiles = (a.n + ROWS - 1) / ROWS, tile_step = gridDim.x * tiles_at_once;
-    const int first_tile = blockIdx.x * tiles_at_once + warp / a.slice_warps;
+    const int first_tile = blockIdx.x * tiles_at_once + group;
     Stream stream = {shared + a.rings_at + warp * a.depth * WEIGHT_STAGE_BYTES, ring_barriers + warp * a.depth * 8,
                      first_tile, tile_step, tiles, k_begin, k_begin, k_end};
-
+    XStream x_stream(a, shared + a.x_at, x_full, x_empty);
     const auto copy_resident_x = [&] {  // by warp 0
         if (lane == 0) barrier_arrive_expecting(x_full, a.m * a.k * 2);
         __syncwarp();
         if (lane < a.m)
-            copy_bytes(shared + a.x_at + lane * (a.k * 2 + 16), a.x + lane * a.x_stride, a.k * 2, x_full, EVICT_LAST);
-    };
-    const auto fill_ring = [&] {
-        if (multiplies)
-            for (int slot = 0; slot < a.depth; ++slot) stream.copy_stage(a, slot, lane);
+            copy_bytes(shared + a.x_at + lane * (a.k * 2 + 16), a.x + lane * a.x_stride, a.k * 2, x_full, EVICT_NORMAL);
     };
 
+    // x first, ahead of the long queue of weights, unless the kernel before this one still has to write it. A ring's barriers are
+    // its warp's alone, and x's are not waited for before the CTA meets: copies need not wait either.
+    let_next_kernel_begin();
     if (TENSOR_COPY && threadIdx.x == 0) fetch_tensor_map(&a.weight_map);
-    if (lane == 0) {
-        if (multiplies)
-            for (int slot = 0; slot < a.depth; ++slot) barrier_init(stream.barriers + slot * 8, 1);
-        if (warp == 0)
-            for (int slot = 0; slot < a.x_depth; ++slot) {
-                barrier_init(x_full + slot * 8, 1);
-                barrier_init(x_empty + slot * 8, a.warps * CLUSTER);
+    if (multiplies) {
+        if (RESIDENT && warp == 0) {
+            if (lane == 0) {
+                barrier_init(x_full, 1);
+                barrier_init_fence();
             }
+            __syncwarp();
+            if (!a.programmatic) copy_resident_x();
+        }
+#pragma unroll 1
+        for (int slot = 0; slot < a.depth; ++slot) {
+            if (lane == 0) {
+                barrier_init(stream.barriers + slot * 8, 1);
+                barrier_init_fence();
+            }
+            __syncwarp();
+            stream.copy_stage(a, slot, lane);
+        }
+    } else if (!RESIDENT && lane == 0) {
+#pragma unroll 1
+        for (int slot = 0; slot < a.x_depth; ++slot) {
+            barrier_init(x_full + slot * 8, 1);
+            barrier_init(x_empty + slot * 8, a.warps * CLUSTER);
+        }
         barrier_init_fence();
+        if (CLUSTER == 1 && !a.programmatic) x_stream.bring(a, a.x_depth);
     }
     __syncwarp();
-    // x first, ahead of the long queue of weights, unless the kernel before this one still has to write it
-    if (RESIDENT && warp == 0 && !a.programmatic) copy_resident_x();
     if (CLUSTER > 1)
         sync_cluster();
     else
         __syncthreads();
-    let_next_kernel_begin();
-    fill_ring();
     wait_for_previous_kernel();
     if (RESIDENT && warp == 0 && a.programmatic) copy_resident_x();
 
     if (!multiplies) {
-        if (!RESIDENT && lane == 0) bring_x(a, shared + a.x_at, x_full, x_empty);
+        if (!RESIDENT && lane == 0) x_stream.bring(a, x_stream.left);
         __syncwarp();
     } else {
         const Lane lanes(a, lane);
-        const int stages = ((a.slice_warps > 1 ? a.slice_k : a.k) + STAGE_K - 1) / STAGE_K;
+        const int stages = stages_of_a_round(a);
         Place place = {0, 0}, x_place = {0, 0};
         if (RESIDENT) barrier_wait(x_full, 0);
         for (int round = 0; round < a.rounds; ++round) {

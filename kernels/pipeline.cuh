@@ -15,7 +15,6 @@ struct alignas(64) TensorMap {
 // (CUTLASS, include/cute/arch/copy_sm90_desc.hpp, CacheHintSm90).
 #define EVICT_NORMAL 0x1000000000000000ull
 #define EVICT_FIRST 0x12F0000000000000ull
-#define EVICT_LAST 0x14F0000000000000ull
 
 CUFUSE_INLINE void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(arrivals) : "memory");
@@ -35,16 +34,18 @@ CUFUSE_INLINE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
 }
 
-// Arrival at the barrier that lies at the same place in CTA `rank` of the cluster.
+// Arrival at the barrier that lies at the same place in CTA `rank` of the cluster. Without a scope: `.release.cluster` becomes
+// a fence of the whole GPU (MEMBAR.ALL.GPU) and `.acquire.cluster` below an invalidation of the L1 cache, for every stage. What
+// is handed over here is room in shared memory that has been read; nothing that was written has to be seen.
 CUFUSE_INLINE void barrier_arrive_at(u32 barrier, u32 rank) {
     asm volatile("{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}"
                  : : "r"(barrier), "r"(rank) : "memory");
 }
 
 CUFUSE_INLINE bool barrier_test(u32 barrier, u32 parity) {
     u32 done;
-    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
                  "selp.u32 %0, 1, 0, p;\n\t}"
                  : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     return done != 0;

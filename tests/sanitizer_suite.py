@@ -9,7 +9,14 @@ import json
 import subprocess
 import sys
 
-from tests import gpu_record
+import numpy as np
+
+import cufuse
+from cufuse import _gpu_linear
+from cufuse import _linear_small_m as small_m
+from cufuse import _linear_tiles as tiles
+from tests import gpu_record, gpu_support, sanitizer_cases
+from tests.golden import inputs
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FINISHED = "every kernel ran"
@@ -56,41 +63,22 @@ def _summary(tool: str, process: "subprocess.Popen[str]", seconds: float) -> dic
 
 
 def run_kernels() -> None:
-    """Small sizes that fit no tile; outputs are poisoned by uninitialised memory, as in use."""
-    import cupy
-    import numpy as np
-
-    import cufuse
-    from cufuse import _gpu_linear, _gpu_norm, named_recipes
-    from cufuse import _linear_small_m as small_m
-    from cufuse import _linear_tiles as tiles
-
+    """Every operation against the emulation, then every configuration of the products on sizes that fit no tile."""
+    cupy = gpu_support.cupy()
     cupy.cuda.set_allocator(None)
-    generator = np.random.default_rng(0)
-
-    def values(*shape: int) -> cupy.ndarray:
-        return cupy.asarray(cufuse.round_to_bf16(generator.standard_normal(shape, np.float32)))
-
     launched = 0
-    for mode in ("nearest_even", "up"):
-        for dtype in (np.float32, np.float64):
-            cufuse.round_to_bf16(cupy.asarray(generator.standard_normal(1001).astype(dtype)), mode=mode)
-            launched += 1
-    for recipe in named_recipes.RECIPES.values():
-        for m, k in ((1, 1024), (5, 1001), (17, 128), (17, 8192)):
-            out = cupy.empty((m, k), cufuse.bfloat16 if recipe.norm.round_weighted else np.float32)
-            _gpu_norm.rms_norm(values(m, k), values(k), 1e-6, recipe.norm, out)
-            launched += 1
-        cos, sin = (cupy.asarray(table) for table in cufuse.rope_tables(np.arange(3), 64, dtype=recipe.rope.tables))
-        cufuse.rope(values(3, 5, 64), values(3, 2, 64), cos, sin, recipe=recipe)
+    for case in sanitizer_cases.cases():
+        found, expected = case.call(), case.expected()
+        for one, other in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
+            gpu_support.demand_same("sanitized", one, other, case.what)
         launched += 1
     for configuration in (*small_m.CONFIGURATIONS, *tiles.WARPGROUP, *tiles.MMA):
         for m, n, k, slices in ((7, 56, 192, 1), (5, 40, 320, 2), (130, 264, 128, 1), (3, 9, 33, 1)):
-            float32 = getattr(configuration, "parts", 1) > 1
-            x = cupy.asarray(generator.standard_normal((m, k), np.float32)) if float32 else values(m, k)
-            out = cupy.empty((m, n), cufuse.bfloat16)
+            dtype = np.float32 if getattr(configuration, "parts", 1) > 1 else cufuse.bfloat16
+            x = gpu_support.to_gpu(inputs.bell((m, k), 1).astype(dtype))
+            weight, out = gpu_support.to_gpu(inputs.bell((n, k), 2, 0.05)), cupy.empty((m, n), cufuse.bfloat16)
             try:
-                _gpu_linear.linear(x, values(n, k), out, slices, configuration=configuration)
+                _gpu_linear.linear(x, weight, out, slices, configuration=configuration)
             except ValueError:
                 continue  # this configuration does not take this product
             launched += 1

@@ -61,6 +61,15 @@ def test_no_subnormal_is_flushed(kernels: tuple[Kernel, ...]) -> None:
         assert ".ftz" not in text, kernel.name
 
 
+def test_ptxas_has_nothing_to_warn_of(kernels: tuple[Kernel, ...]) -> None:
+    """Such as products that it would have to wait for one by one (C7510), or setmaxnreg left out (C7508)."""
+    last = {kernel.source: kernel for kernel in kernels}
+    for kernel in last.values():
+        target = "sm_90a" if kernel.runs_on(90) else "sm_80"
+        _, log = compiler._run(kernel, compiler._sources(kernel.source), compiler._options(kernel, target), "cubin")
+        assert "warning" not in log.lower(), log
+
+
 def test_products_are_tensor_core_instructions(kernels: tuple[Kernel, ...]) -> None:
     """The order of each sum is that of these instructions; none may become others."""
     for source, instruction in {

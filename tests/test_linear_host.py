@@ -81,19 +81,19 @@ def run(gpu: HostGpu, case: Case, seed: int = 1) -> tuple[np.ndarray, np.ndarray
 
 SMALL = SmallM(8, 16, 256, True)
 WEIGHTS_ONCE = [
-    Case(1, 100, 256),
-    Case(8, 333, 320, multiprocessors=3, pad=8),
+    Case(1, 100, 256, SMALL),
+    Case(8, 333, 320, SMALL, multiprocessors=3, pad=8),
     Case(5, 1000, 512, k_slices=2, multiprocessors=2, out_dtype=np.float32),  # a warp walks both slices
     Case(3, 60, 576, k_slices=3),  # slices in warps of their own
-    Case(4, 130, 512, programmatic=True, multiprocessors=3),
+    Case(4, 130, 512, SMALL, programmatic=True, multiprocessors=3),
     Case(2, 80, 640, SmallM(8, 16, 256, True, boxes=False)),
-    Case(30, 300, 3072, multiprocessors=2),  # a ring of x that comes round, two CTAs to a cluster
+    Case(30, 300, 3072, SmallM(32, 16, 256, False, cluster=2), multiprocessors=2),  # x's ring comes round, in a cluster
     Case(64, 400, 1216, SmallM(64, 16, 256, False, cluster=4)),
     Case(13, 300, 576, SmallM(16, 8, 256, False), k_slices=3, multiprocessors=2),
 ]
 WARPGROUPS = [
-    Case(5, 333, 1032, WarpgroupConfiguration(1, 24, tile_k=128), multiprocessors=3),
-    Case(20, 333, 520, WarpgroupConfiguration(1, 40, 1, 2, tile_k=128), programmatic=True),
+    Case(5, 333, 1088, WarpgroupConfiguration(1, 24, tile_k=256), multiprocessors=3),
+    Case(20, 333, 4160, WarpgroupConfiguration(1, 40, 1, 2, tile_k=128), programmatic=True, multiprocessors=2),
     Case(130, 72, 136),
     Case(300, 520, 264, WarpgroupConfiguration(2, 256, 2, 1, True)),
     Case(300, 400, 320, WarpgroupConfiguration(2, 64, 2, 2), out_dtype=np.float32),

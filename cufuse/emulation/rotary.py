@@ -45,11 +45,6 @@ def _apply_exceptions(both: list[np.ndarray], positions: np.ndarray, head_dim: i
         both[which].view(np.uint16)[positions == position, index] = code
 
 
-def recorded(head_dim: int, base: float, largest_position: int) -> bool:
-    """Whether Hugging Face's bits are promised for these tables."""
-    return base == RECORDED_BASE and str(head_dim) in _exceptions() and largest_position < RECORDED_POSITIONS
-
-
 @functools.cache
 def _exceptions() -> dict[str, list[list[int]]]:
     record = json.loads(resources.files("cufuse.emulation").joinpath("data/rope.json").read_text())

@@ -68,7 +68,6 @@ inline u32 pack_bf16(float low, float high) {
 struct alignas(64) TensorMap { u64 words[16]; };
 #define EVICT_NORMAL 0
 #define EVICT_FIRST 1
-#define EVICT_LAST 2
 void barrier_init(u32 barrier, u32 arrivals);
 inline void barrier_init_fence() {}
 void barrier_arrive_expecting(u32 barrier, u32 bytes);
