@@ -1,10 +1,13 @@
 """Fused RMSNorm and GEMM whose every rounding point and order of summation is stated, with PyTorch's bits.
 
-NumPy arrays run an emulation that predicts the bits of a GPU; CuPy arrays run the kernels, with the same bits.
+NumPy arrays run an emulation that predicts the bits of a GPU; CuPy arrays run the kernels, with the same bits. The operations are
+``round_to_bf16``, ``rms_norm``, ``add_rms_norm``, ``linear``, ``rope`` and ``rms_norm_qkv``; ``recipes`` holds the named recipes,
+``oracle`` the float64 references, ``checkpoint`` the reading of weights. Importing the package does not import CuPy.
 """
 
-from cufuse import oracle
+from cufuse import checkpoint, oracle
 from cufuse.bf16 import bfloat16, round_to_bf16
+from cufuse.compiler import KernelCompileError
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.gemm import linear
 from cufuse.named_recipes import RECIPES as recipes
@@ -17,9 +20,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AssumedSlicesWarning",
+    "KernelCompileError",
+    "NoGpuError",
     "Recipe",
     "add_rms_norm",
     "bfloat16",
+    "checkpoint",
     "linear",
     "oracle",
     "recipes",
@@ -29,3 +35,6 @@ __all__ = [
     "rope_tables",
     "round_to_bf16",
 ]
+
+# last, for it asks the finished package for its modules
+from cufuse.launch import NoGpuError

@@ -288,12 +288,13 @@ def test_interrupted(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_goes_away() -> None:
-    """``cufuse report | head -1``: no complaint, exit code 0; here the reader has gone before the first line."""
-    with in_a_process("report", *QUICK) as process:
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    """``cufuse report | head -1``: no complaint, exit code 0, files written; here the reader has gone before the first line."""
+    with in_a_process("report", *QUICK, "--json", str(tmp_path / "report.json")) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+    assert json.loads((tmp_path / "report.json").read_text())["schema"] == 1
     pipe = f"{sys.executable} -m cufuse report {' '.join(QUICK)} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -102,25 +102,28 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _write(given: argparse.Namespace, reports: list[Report]) -> None:
-    if given.json != Path("-"):
-        console = _Console(width=None if sys.stdout.isatty() else 200)
-        if len(reports) > 1:
-            print_layers(reports, console)
-        else:
-            print_report(reports[0], console)
-    if given.json is not None:
-        content = reports[0].to_json()
-        if len(reports) > 1:
-            content = {"schema": SCHEMA, "layers": [report.to_json() for report in reports]}
-        text = json.dumps(content, indent=1) + "\n"
-        if given.json == Path("-"):
-            sys.stdout.write(text)
-        else:
-            with _whole_file(given.json) as partial:
-                partial.write_text(text, encoding="utf-8")
+    # files first: a reader of the text may go away in the middle of it
+    if given.json is not None and given.json != Path("-"):
+        with _whole_file(given.json) as partial:
+            partial.write_text(_json_text(reports), encoding="utf-8")
     if given.plot is not None:
         with _whole_file(given.plot) as partial:
             plot(reports[0], partial)
+    if given.json == Path("-"):
+        sys.stdout.write(_json_text(reports))
+        return
+    console = _Console(width=None if sys.stdout.isatty() else 200)
+    if len(reports) > 1:
+        print_layers(reports, console)
+    else:
+        print_report(reports[0], console)
+
+
+def _json_text(reports: list[Report]) -> str:
+    content = reports[0].to_json()
+    if len(reports) > 1:
+        content = {"schema": SCHEMA, "layers": [report.to_json() for report in reports]}
+    return json.dumps(content, indent=1) + "\n"
 
 
 class _Console(Console):
