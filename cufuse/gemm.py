@@ -29,9 +29,9 @@ def linear(
     x : [..., K], bfloat16; float32 too where the recipe's projection takes float32 (split exactly into three bfloat16 parts).
     weight : [N, K], bfloat16.
     recipe : name or Recipe; ``recipe.gemm`` is used.
-    k_slices : number of slices of K; None takes the recipe's. Where the recipe says "cublas", the number is recorded (the Qwen3
-        projections at M <= 8192 on an H200) or asked from the installed cuBLASLt (CuPy arrays); where neither knows,
-        one slice is assumed, with an AssumedSlicesWarning.
+    k_slices : number of slices of K; None takes the recipe's. Where the recipe says "cublas", NumPy arrays take the
+        recorded number (the Qwen3 projections at M <= 8192 on an H200), CuPy arrays that of the installed cuBLASLt; where there is
+        none, one slice is assumed, with an AssumedSlicesWarning.
     out : [..., N] array of the result's dtype to write to; it may not overlap an input.
 
     Returns

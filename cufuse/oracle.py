@@ -10,7 +10,7 @@ near tie has to be decided. Bounds, with u = 2**-53:
 - a norm is a sum of squares (no cancellation: relative error at most K u), a division, a root and two products: relative
   error at most (K / 2 + 4) u. (x + residual and weight + offset are exact unless their exponents are more than 45 apart.)
 
-``exact=True`` takes the sums by ``math.fsum``: exactly rounded whatever cancels, at about a thousandth of the speed. It takes
+``exact=True`` takes the sums by ``math.fsum``: exactly rounded whatever cancels, and far slower. It takes
 finite values only: infinities of both signs are fsum's ValueError, sums beyond float64 its OverflowError.
 """
 

@@ -5,9 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cufuse._safetensors_file import CheckpointError, SafetensorsFile, failure
-
-__all__ = ["CheckpointError", "hidden_states_from_file", "made_up_hidden_states", "random_token_ids"]
+from cufuse._safetensors_file import SafetensorsFile, failure
 
 
 def hidden_states_from_file(path: Path, name: str, hidden_size: int) -> np.ndarray:

@@ -26,7 +26,7 @@ class Comparison:
 
 
 def run(progress: Callable[[str, float], None] | None = None, seed: int = 0) -> list[Comparison]:
-    """Compare everything; about a minute. Raises NoGpuError without a GPU."""
+    """Compare everything; some seconds once the kernels are compiled. Raises NoGpuError without a GPU."""
     from cufuse import launch
 
     launch.device_count()

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     """Describe the command to the parser."""
     parser = commands.add_parser(
         "check",
-        help="on this machine's GPU: kernels against the emulation, every bit, in about a minute",
+        help="on this machine's GPU: kernels against the emulation, every bit; seconds once the kernels are compiled",
         description="Runs every operation under every recipe on the GPU and in NumPy and compares the bits.",
         epilog="Exit codes: 0 all bits equal, 2 some differ, or no GPU.",
     )
