@@ -30,6 +30,21 @@ def backend(optional: dict[str, Any], /, **required: Any) -> str:
     raise TypeError(f"arrays of two libraries: {listed}; bring all to one with cupy.asarray or cupy.asnumpy")
 
 
+def loaded_kernels(module: str, arrays: tuple[Any, ...]) -> Any:
+    """The named module of kernels if an earlier call has imported it and all arrays are CuPy's; None otherwise.
+
+    For calls whose like was checked before: nothing but types is looked at, and None among the arrays is not CuPy's.
+    """
+    kernels, cupy = sys.modules.get(module), sys.modules.get("cupy")
+    if kernels is None or cupy is None:
+        return None
+    kind = cupy.ndarray
+    for array in arrays:
+        if type(array) is not kind:
+            return None
+    return kernels
+
+
 def _kind(name: str, array: Any) -> str:
     if isinstance(array, (np.ndarray, np.generic)):
         return "numpy"

@@ -6,7 +6,7 @@ from typing import Any, Final
 from cufuse import _layout, launch
 from cufuse.compiler import Kernel
 from cufuse.named_recipes import RECIPES
-from cufuse.recipe import Rope
+from cufuse.recipe import Recipe, Rope
 
 _POINTERS: Final = struct.Struct("6P")
 _NUMBERS: Final = struct.Struct("4i18q")
@@ -17,42 +17,64 @@ _MOST_PLANS: Final = 4096
 _NAMES: Final = ("out[0]", "out[1]", "q", "k", "cos", "sin")
 
 
-def rope(q: Any, k: Any, cos: Any, sin: Any, rope: Rope, out_q: Any, out_k: Any) -> tuple[Any, Any]:
+def rope(
+    q: Any, k: Any, cos: Any, sin: Any, rope: Rope, out_q: Any, out_k: Any, checked: Recipe | None = None
+) -> tuple[Any, Any]:
     """Rotate checked arrays q and k [..., H, D] into out_q and out_k; see ``cufuse.rope``.
 
     Any strides of heads, and of tokens on two levels (batch and position of a transposed array, say); unit stride along D.
+    checked : the recipe under which the caller has checked the arrays, if ``repeat`` shall take further calls like this one.
     Raises ValueError for other strides, for an overlapping ``out`` and for arrays of several GPUs.
     """
     arrays = (out_q, out_k, q, k, cos, sin)
     if out_q.size == 0 and out_k.size == 0:
         return out_q, out_k
-    memory = [array.data for array in arrays]
-    device = memory[0].device_id
-    if any([one.device_id != device for one in memory]):  # noqa: C419 (a list is quicker than a generator)
+    key, pointers, devices = _described(arrays, rope if checked is None else id(checked))
+    if len(set(devices)) > 1:
         launch.device_of(**dict(zip(_NAMES, arrays, strict=True)))
-    pointers = [one.ptr for one in memory]
-    alignment = 0
-    for pointer in pointers:
-        alignment |= pointer
-    alignment &= 15
-    key = (q.shape, k.shape, tuple([(array.strides, array.itemsize) for array in arrays]), alignment, rope, device)
-    with launch.on_device(device):
+    with launch.on_device(devices[0]):
         plan = _plans.get(key)
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            plan = _plans[key] = _Plan(arrays, alignment, rope, device)
-        plan.overlap.check(pointers)
-        plan.prepared(_POINTERS.pack(*pointers[2:], *pointers[:2]) + plan.numbers)
+            plan = _plans[key] = _Plan(arrays, key[2], rope, devices[0], checked)
+        plan.run(pointers)
     return out_q, out_k
+
+
+def repeat(arrays: tuple[Any, ...], recipe: Recipe) -> bool:
+    """Launch a call whose like in shapes, strides, dtypes and alignment ``rope`` was given checked; False where there was none.
+
+    arrays : CuPy's: out_q, out_k, q, k, cos, sin. Overlaps, which addresses decide, are looked for in every call.
+    """
+    key, pointers, devices = _described(arrays, id(recipe))
+    plan = _plans.get(key)
+    if plan is None:
+        return False
+    with launch.on_device(devices[0]):
+        plan.run(pointers)
+    return True
+
+
+def _described(arrays: tuple[Any, ...], numerics: Rope | int) -> tuple[tuple[Any, ...], list[int], tuple[int, ...]]:
+    """The key of a call's plan, and the arrays' addresses and devices."""
+    memory = [array.data for array in arrays]
+    pointers = [one.ptr for one in memory]
+    devices = tuple([one.device_id for one in memory])
+    alignment = 0
+    for pointer in pointers:
+        alignment |= pointer
+    layouts = tuple([(array.shape, array.strides, array.dtype) for array in arrays])
+    return (numerics, devices, alignment & 15, layouts), pointers, devices
 
 
 class _Plan:
     """All of a call that its shapes, strides, alignment and recipe decide."""
 
-    __slots__ = ("numbers", "overlap", "prepared")
+    __slots__ = ("_checked", "_numbers", "_overlap", "_prepared")
 
-    def __init__(self, arrays: tuple[Any, ...], alignment: int, rope: Rope, device: int) -> None:
+    def __init__(self, arrays: tuple[Any, ...], alignment: int, rope: Rope, device: int, checked: Recipe | None) -> None:
+        self._checked = checked  # kept, so that its identity stays its own in the key
         named = dict(zip(_NAMES, arrays, strict=True))
         _layout.require_unit_stride(**named)
         out_q, out_k, q, k, cos, sin = arrays
@@ -69,11 +91,17 @@ class _Plan:
             raise ValueError(f"q has shape {q.shape}: {tokens.rows} tokens are too many for one launch; rotate it in parts")
         kernel = _kernel(rope, q.shape[-1], chunk, tuple(array.itemsize == 4 for array in (q, k, cos, sin, out_q)))
         threads = -(-units // parts // 32) * 32
-        self.prepared = launch.prepare(kernel, device, tokens.rows * parts, threads=threads)
-        self.numbers = _NUMBERS.pack(
+        self._prepared = launch.prepare(kernel, device, tokens.rows * parts, threads=threads)
+        self._numbers = _NUMBERS.pack(
             q.shape[-2], k.shape[-2], tokens.inner, parts, *heads, 0, 0, *tokens.inner_strides, *tokens.outer_strides
         )
-        self.overlap = _layout.Overlap({name: named[name] for name in _NAMES[:2]}, {name: named[name] for name in _NAMES[2:]})
+        self._overlap = _layout.Overlap({name: named[name] for name in _NAMES[:2]}, {name: named[name] for name in _NAMES[2:]})
+
+    def run(self, pointers: list[int]) -> None:
+        """Launch on the current stream, with these addresses."""
+        self._overlap.check(pointers)
+        out_q, out_k, q, k, cos, sin = pointers
+        self._prepared(_POINTERS.pack(q, k, cos, sin, out_q, out_k) + self._numbers)
 
 
 _plans: dict[Any, _Plan] = {}

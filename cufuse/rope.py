@@ -36,6 +36,10 @@ def rope(
     """
     numerics = named_recipes.get(recipe)
     outs = _arrays.outputs(out, ("q", "k"))
+    given = (*outs, q, k, cos, sin)
+    kernels = _arrays.loaded_kernels("cufuse._gpu_rope", given)
+    if kernels is not None and kernels.repeat(given, numerics):  # a call like this one has passed the checks
+        return outs[0], outs[1]
     backend = _arrays.backend({"out[0]": outs[0], "out[1]": outs[1]}, q=q, k=k, cos=cos, sin=sin)
     for name, x in (("q", q), ("k", k)):
         check_rotation(name, x, cos, sin, numerics)
@@ -44,8 +48,7 @@ def rope(
     if backend == "cupy":
         from cufuse import _gpu_rope
 
-        _gpu_rope.rope(q, k, cos, sin, numerics.rope, results[0], results[1])
-        return results[0], results[1]
+        return _gpu_rope.rope(q, k, cos, sin, numerics.rope, results[0], results[1], numerics)
     _arrays.refuse_overlap(*outs, q=q, k=k, cos=cos, sin=sin)
     for result, x in zip(results, (q, k), strict=True):
         result[...] = rotate(x, cos, sin, numerics.rope)
