@@ -7,6 +7,7 @@ from typing import Any, Final
 from cufuse import _gpu_linear, _layout, cublaslt, launch
 from cufuse.compiler import Kernel
 from cufuse.emulation.cublas import AssumedSlicesWarning
+from cufuse.quantised.weight import QuantisedWeight
 from cufuse.recipe import Gemm
 
 KERNELS: Final[tuple[Kernel, ...]] = ()
@@ -20,13 +21,17 @@ def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -
 
     Rows of x may lie any distance apart. A result that is not contiguous costs a copy.
     """
+    if isinstance(weight, QuantisedWeight):
+        from cufuse import _gpu_quantised
+
+        return _gpu_quantised.linear(x, weight, gemm, k_slices, result)
     _refuse_overlap(x, weight, result)
     n, k = weight.shape
     rows = x if x.ndim == 2 else _rows(x, k)
     _layout.require_unit_stride(x=rows, weight=weight)
     slices = gemm.k_slices if k_slices is None else int(k_slices)
     if slices == "cublas":
-        slices = _asked(rows.shape[0], n, k)
+        slices = asked_slices(rows.shape[0], n, k)
     if result.flags.c_contiguous:
         _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices)
         return result
@@ -49,7 +54,7 @@ def _rows(x: Any, k: int) -> Any:
 
 
 @functools.lru_cache(maxsize=65536)
-def _asked(m: int, n: int, k: int) -> int:
+def asked_slices(m: int, n: int, k: int) -> int:
     """Slices of K as the installed cuBLASLt answers; cached, so a warning comes once."""
     try:
         return cublaslt.k_slices(m, n, k)

@@ -21,6 +21,7 @@ _SPLIT_ARGUMENTS: Final = struct.Struct("PPqii")
 _SUM_ARGUMENTS: Final = struct.Struct("PPqii")
 _MOST_PLANS: Final = 4096
 
+_Launch = tuple[Any, bytes]
 Configuration = small_m.Configuration | tiles.WarpgroupConfiguration | tiles.MmaConfiguration
 
 KERNELS: Final = (
@@ -55,7 +56,7 @@ def linear(
     device = memory.device_id
     if weights.device_id != device or results.device_id != device:
         launch.device_of(x=x, weight=weight, out=out)
-    alignment = (pointers[0] & 15, pointers[1] & 15, pointers[2] & 15)
+    alignment = alignment_of(pointers)
     key = (
         x.shape, x.strides, x.itemsize, weight.shape, weight.strides, out.itemsize, alignment, k_slices, device,
         configuration, programmatic,
@@ -65,16 +66,26 @@ def linear(
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            problem = _problem(x, weight, out, alignment, k_slices, device, programmatic)
-            plan = _plans[key] = _Plan(problem, device, configuration)
-        plan.run(*pointers)
+            problem = describe(x, weight, out, alignment, k_slices, device, programmatic=programmatic)
+            plan = _plans[key] = Plan(problem, device, configuration)
+        workspace = launch.workspace(device, plan.workspace_bytes) if plan.workspace_bytes else 0
+        for prepared, arguments in plan.launches(*pointers, workspace):
+            prepared(arguments)
     return out
 
 
-_plans: dict[Any, "_Plan"] = {}
+_plans: dict[Any, "Plan"] = {}
 
 
-def _problem(x: Any, weight: Any, out: Any, alignment: tuple[int, ...], k_slices: int, device: int, programmatic: bool) -> Problem:
+def alignment_of(pointers: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Bytes by which x, weight and out miss multiples of 16."""
+    return (pointers[0] & 15, pointers[1] & 15, pointers[2] & 15)
+
+
+def describe(
+    x: Any, weight: Any, out: Any, alignment: tuple[int, int, int], k_slices: int, device: int, *, programmatic: bool
+) -> Problem:
+    """The product of arrays as ``linear`` takes them, or of their layouts."""
     (m, k), n = x.shape, weight.shape[0]
     # a stride along an axis of length 1 means nothing; a row's own length is as good as any
     x_stride = x.strides[0] // x.itemsize if m > 1 else -(-k // 8) * 8
@@ -123,44 +134,38 @@ def _given(problem: Problem, configuration: Configuration) -> Launch:
     return found
 
 
-class _Plan:
+class Plan:
     """The launches of one kind of product: splitting x, multiplying, adding slices."""
 
-    __slots__ = ("device", "parts", "prepared", "product", "split", "sum", "workspace_bytes")
+    __slots__ = ("_add", "_parts", "_prepared", "_product", "_split", "workspace_bytes")
 
-    def __init__(self, problem: Problem, device: int, configuration: Configuration | None) -> None:
-        self.product = _choose(problem) if configuration is None else _given(problem, configuration)
-        p, found = problem, self.product
-        self.device = device
-        self.prepared = launch.prepare(
+    def __init__(self, problem: Problem, device: int, configuration: Configuration | None = None) -> None:
+        self._product = _choose(problem) if configuration is None else _given(problem, configuration)
+        p, found = problem, self._product
+        self._prepared = launch.prepare(
             found.kernel, device, found.grid, threads=found.threads, smem=found.smem, cluster=found.cluster,
             programmatic=found.programmatic,
         )  # fmt: skip
         blocks = 8 * p.multiprocessors
-        self.split: Callable[[int, int], None] | None = None
-        self.sum: Callable[[int, int], None] | None = None
+        self._split: Callable[[int, int], _Launch] | None = None
+        self._add: Callable[[int, int], _Launch] | None = None
         # the workspace begins with x's parts, then has the slices
-        self.parts = ceil_div(p.m * tiles.parts_row(p.k) * 2, 256) * 256 if p.float32_x else 0
-        self.workspace_bytes = self.parts + (p.slices * p.m * p.n * 4 if found.partial_sums else 0)
+        self._parts = ceil_div(p.m * tiles.parts_row(p.k) * 2, 256) * 256 if p.float32_x else 0
+        self.workspace_bytes = self._parts + (p.slices * p.m * p.n * 4 if found.partial_sums else 0)
         if p.float32_x:
             splitter = launch.prepare(_SPLIT, device, min(ceil_div(p.m * p.k, 256), blocks))
-            self.split = lambda x, parts: splitter(_SPLIT_ARGUMENTS.pack(x, parts, p.x_stride, p.m, p.k))
+            self._split = lambda x, parts: (splitter, _SPLIT_ARGUMENTS.pack(x, parts, p.x_stride, p.m, p.k))
         if found.partial_sums:
             adder = launch.prepare(_SUM, device, min(ceil_div(p.m * p.n, 256), blocks))
-            self.sum = lambda slices, out: adder(_SUM_ARGUMENTS.pack(slices, out, p.m * p.n, p.slices, p.out_float32))
+            self._add = lambda slices, out: (adder, _SUM_ARGUMENTS.pack(slices, out, p.m * p.n, p.slices, p.out_float32))
 
-    def run(self, x: int, weight: int, out: int) -> None:
-        """Launch on the current stream, with these addresses."""
-        if not self.workspace_bytes:
-            self.prepared(self.product.arguments(x, weight, out))
-            return
-        workspace = launch.workspace(self.device, self.workspace_bytes)
-        if self.split is not None:
-            self.split(x, workspace)
+    def launches(self, x: int, weight: int, out: int, workspace: int) -> list[_Launch]:
+        """Prepared kernels and their arguments, in order, with these addresses; workspace: of workspace_bytes, 256-aligned."""
+        first = []
+        if self._split is not None:
+            first.append(self._split(x, workspace))
             x = workspace
-        if self.sum is None:
-            self.prepared(self.product.arguments(x, weight, out))
-        else:
-            slices = workspace + self.parts
-            self.prepared(self.product.arguments(x, weight, slices))
-            self.sum(slices, out)
+        if self._add is None:
+            return [*first, (self._prepared, self._product.arguments(x, weight, out))]
+        slices = workspace + self._parts
+        return [*first, (self._prepared, self._product.arguments(x, weight, slices)), self._add(slices, out)]

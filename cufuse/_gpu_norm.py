@@ -6,6 +6,7 @@ unit stride along the last axis. One launch, no copy, no synchronisation, nothin
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from cufuse.named_recipes import RECIPES
 from cufuse.recipe import Norm, Recipe
 
 _POINTERS: Final = struct.Struct("PPPPP")
-_NUMBERS: Final = struct.Struct("10qff")
+_NUMBERS: Final = struct.Struct("10qffii")
 _MOST_ROWS: Final = 2**31 - 1
 _MOST_PLANS: Final = 4096
 
@@ -41,10 +42,14 @@ def add_rms_norm(
     return normalised, new_residual
 
 
-class _Plan:
-    """All of a call that its shapes, strides, alignment and recipe decide."""
+class Plan:
+    """All of a call that its shapes, strides, alignment and recipe decide.
 
-    __slots__ = ("norm", "numbers", "overlap", "prepared")
+    programmatic : the launch may begin before the kernel in front of it has ended, and waits for it before it reads anything.
+    next_begins_early : the kernel behind this one need not wait for that either: it may begin at once.
+    """
+
+    __slots__ = ("_numbers", "_residual", "norm", "overlap", "prepared")
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class _Plan:
         norm: Norm,
         residual_sum: str | None,
         device: int,
+        programmatic: bool = False,
+        next_begins_early: bool = False,
     ) -> None:
         _layout.require_unit_stride(**outs, **inputs)
         self.norm = norm  # kept, so that its identity stays its own in the key
@@ -74,14 +81,24 @@ class _Plan:
         types = Types(wide["x"], wide.get("residual", False), wide["weight"], arrays[0].itemsize == 4)
         chosen = configuration(norm, rows.rows, columns, chunk, types, residual_sum, launch.multiprocessors(device))
         _require_shared_memory(chosen.kernel, columns, device)
-        self.prepared = launch.prepare(chosen.kernel, device, -(-rows.rows // chosen.rows_per_block))
-        self.numbers = _NUMBERS.pack(
-            rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps)
-        )
+        self.prepared = launch.prepare(chosen.kernel, device, -(-rows.rows // chosen.rows_per_block), programmatic=programmatic)
+        self._numbers = _NUMBERS.pack(
+            rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps),
+            next_begins_early, 0,
+        )  # fmt: skip
+        self._residual = residual_sum is not None
         self.overlap = _layout.Overlap(outs, inputs)
 
+    def arguments(self, pointers: Sequence[int]) -> bytes:
+        """Packed, with the addresses of outs and inputs in their order."""
+        if self._residual:
+            y, total, x, residual, weight = pointers
+            return _POINTERS.pack(x, residual, weight, y, total) + self._numbers
+        y, x, weight = pointers
+        return _POINTERS.pack(x, 0, weight, y, 0) + self._numbers
 
-_plans: dict[Any, _Plan] = {}
+
+_plans: dict[Any, Plan] = {}
 
 
 def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, residual_sum: str | None) -> None:
@@ -103,14 +120,9 @@ def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, r
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            plan = _plans[key] = _Plan(outs, inputs, alignment, eps, norm, residual_sum, device)
+            plan = _plans[key] = Plan(outs, inputs, alignment, eps, norm, residual_sum, device)
         plan.overlap.check(pointers)
-        if residual_sum is None:
-            y, x, weight = pointers
-            plan.prepared(_POINTERS.pack(x, 0, weight, y, 0) + plan.numbers)
-        else:
-            y, total, x, residual, weight = pointers
-            plan.prepared(_POINTERS.pack(x, residual, weight, y, total) + plan.numbers)
+        plan.prepared(plan.arguments(pointers))
 
 
 def _require_shared_memory(kernel: Kernel, columns: int, device: int) -> None:

@@ -1,4 +1,4 @@
-"""``rms_norm_qkv`` on CuPy arrays: the kernels of its steps one after the other.
+"""``rms_norm_qkv`` on CuPy arrays, one operation after the other: for what the chain's kernels cannot do.
 
 Every step writes its result where the next one reads it: parts of a packed projection are normalised and rotated in place in
 the buffer, and the last step of q and k writes to the outputs. Only a packed v is copied to its output.
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cufuse import _driver, _gpu_cast, _gpu_gemm, _gpu_norm, _gpu_rope, _layout, launch
+from cufuse import _driver, _gpu_cast, _gpu_gemm, _gpu_norm, _gpu_rope, launch
 from cufuse.bf16 import bfloat16
 from cufuse.compiler import Kernel
 from cufuse.qkv import Heads
@@ -21,7 +21,6 @@ KERNELS: Final[tuple[Kernel, ...]] = ()
 """None of its own."""
 
 _ALIGNMENT: Final = 512
-_MOST_PLANS: Final = 1024
 
 Allocate = Callable[[tuple[int, ...], Any], Any]
 
@@ -44,7 +43,6 @@ def rms_norm_qkv(
     outs = {f"out[{index}]": array for index, array in enumerate(results)}
     device = launch.device_of(**given, **outs)
     with launch.on_device(device):
-        _refuse_overlap(outs, given)
         allocate = _allocator(device)
         normalised = _normalise(inputs, eps, recipe, results, allocate)
         steps = _steps(inputs, recipe)
@@ -137,20 +135,6 @@ def _deliver(value: Any, result: Any, allocate: Allocate) -> None:
 
 def _float_type(rounded: bool) -> Any:
     return np.dtype(bfloat16) if rounded else np.dtype(np.float32)
-
-
-_overlaps: dict[Any, _layout.Overlap] = {}
-
-
-def _refuse_overlap(outs: dict[str, Any], inputs: dict[str, Any]) -> None:
-    arrays = [*outs.values(), *inputs.values()]
-    key = (tuple(inputs), tuple([(array.shape, array.strides, array.itemsize) for array in arrays]))
-    overlap = _overlaps.get(key)
-    if overlap is None:
-        if len(_overlaps) >= _MOST_PLANS:
-            _overlaps.clear()
-        overlap = _overlaps[key] = _layout.Overlap(outs, inputs)
-    overlap.check([array.data.ptr for array in arrays])
 
 
 _kept: dict[tuple[int, int], list[Any]] = {}

@@ -140,7 +140,7 @@ def choose_warpgroups(problem: Problem) -> WarpgroupConfiguration:
     else:
         boxes = boxes_allowed(problem)
         fitting = [c for c in WARPGROUP if c.consumers == 2 and c.box_store == (boxes and c.tile_n % 64 == 0)]
-    return min(fitting, key=lambda c: (_cycles(problem, c), -c.tile_n))
+    return min(fitting, key=lambda c: (cycles(problem, c), -c.tile_n))
 
 
 def _stage_bytes(problem: Problem, tile_n: int) -> int:
@@ -148,7 +148,8 @@ def _stage_bytes(problem: Problem, tile_n: int) -> int:
     return (ceil_div(problem.m, 8) * 8 + tile_n) * 512
 
 
-def _cycles(problem: Problem, c: WarpgroupConfiguration) -> int:
+def cycles(problem: Problem, c: WarpgroupConfiguration) -> int:
+    """What a tile costs, for the choice between tiles."""
     _, _, rounds = _rounds(problem, c)
     x_rows = _x_rows(problem, c)
     # 64 k of a tile: the products, or what the L2 cache delivers (some 40 bytes a cycle); then the way out

@@ -13,7 +13,8 @@ from cufuse.emulation.sums_kernel import sum_defines
 from cufuse.recipe import Norm
 
 _CHAIN_ONE, _CHAIN_PAIRS, _CHAIN_BY_POSITION, _, _CHAIN_MOMENTS = range(5)  # sums.cuh
-_RESIDUAL: Final = {None: 0, "rounded": 1, "stored rounded": 2, "float32": 3}
+RESIDUAL: Final = {None: 0, "rounded": 1, "stored rounded": 2, "float32": 3}
+"""The macro of kernels/residual.cuh for a recipe's residual sum."""
 _REGISTER_BYTES: Final = 320
 """Most bytes of a row that a thread of the schedule DIRECT 1 holds (rms_norm.cu asserts it)."""
 _BLOCK_BYTES: Final = 100_000
@@ -57,20 +58,15 @@ def configuration(
     and False demand one (for measurements; True only where the row fits the registers).
     Raises ValueError for orders and sizes that no kernel has.
     """
-    order = norm.sum_order
-    if residual_sum is not None and norm.sum_order_after_residual is not None:
-        order = norm.sum_order_after_residual
-    sums = sum_defines(order, rows, columns)
-    if sums["SUM_CHAINS"] in (_CHAIN_ONE, _CHAIN_PAIRS):
-        # threads without an element hold +0, which changes no sum
-        sums["SUM_THREADS"] = min(sums["SUM_THREADS"], -(-columns // sums["SUM_VECTOR"]))
+    order = order_of(norm, residual_sum)
+    sums = order_defines(order, rows, columns)
     wide = types.x if residual_sum is None else residual_sum != "rounded"
     possible = _fits_registers(sums, columns, chunk, wide)
     if direct is None:
         direct = possible and (sums["SUM_THREADS"] > 64 or columns <= _WARP_COLUMNS)
     elif direct and not possible:
         raise ValueError(f"a thread cannot hold its part of {columns} columns in registers (order {order!r}, chunk {chunk})")
-    smem = 4 * _scratch(sums)
+    smem = 4 * scratch_floats(sums)
     if direct:
         chunk, group = sums["SUM_VECTOR"], -(-sums["SUM_THREADS"] // 32) * 32
         rows_per_block = 1 if group > 32 else 8 if columns <= 512 else 4
@@ -79,17 +75,14 @@ def configuration(
         smem += -(-columns * (4 if wide else 2) // 16) * 16
         few = rows <= multiprocessors or smem > _ROOMY_SMEM
         group, rows_per_block = min(512 if few else 256, -(-columns // chunk // 32) * 32 or 32), 1
-    defines: dict[str, int | str] = {"COLUMNS": columns, **sums, "CONTRACT": int(norm.contract)}
+    defines: dict[str, int | str] = {"COLUMNS": columns, **sums}
     defines |= {"GROUP": group, "ROWS": rows_per_block, "CHUNK": chunk, "DIRECT": int(direct)}
-    defines |= {"X_FLOAT32": int(types.x), "RESIDUAL": _RESIDUAL[residual_sum], "RESIDUAL_FLOAT32": int(types.residual)}
+    defines |= point_defines(norm)
+    defines |= {"X_FLOAT32": int(types.x), "RESIDUAL": RESIDUAL[residual_sum], "RESIDUAL_FLOAT32": int(types.residual)}
     defines |= {"WEIGHT_FLOAT32": int(types.weight), "OUT_FLOAT32": int(types.out)}
-    defines |= {"MEAN_DIVIDE": int(norm.mean == "divide"), "RSQRT_CORRECT": int(norm.rsqrt == "correct")}
-    defines |= {"ROUND_NORMALISED": int(norm.round_normalised)}
-    if norm.weight_offset != 0:
-        defines["WEIGHT_OFFSET"] = f"{float(np.float32(norm.weight_offset)).hex()}f"  # a hexadecimal literal is exact
-    name = _name(order, defines)
+    name = _name(order, point_names(norm), defines)
     kernel = Kernel(name, "rms_norm.cu", "rms_norm", tuple(defines.items()), group * rows_per_block, smem)
-    return Configuration(kernel, rows_per_block, _mean_operand(norm, rows, columns))
+    return Configuration(kernel, rows_per_block, mean_operand(norm, rows, columns))
 
 
 def _fits_registers(sums: dict[str, int], columns: int, chunk: int, wide: bool) -> bool:
@@ -105,7 +98,46 @@ def _fits_registers(sums: dict[str, int], columns: int, chunk: int, wide: bool) 
     return whole and chains and stepping and 4 <= vector <= chunk and small
 
 
-def _scratch(sums: dict[str, int]) -> int:
+def order_of(norm: Norm, residual_sum: str | None) -> str:
+    """The order of the sum of squares."""
+    after = norm.sum_order_after_residual
+    return after if residual_sum is not None and after is not None else norm.sum_order
+
+
+def order_defines(order: str, rows: int, columns: int) -> dict[str, int]:
+    """The macros of kernels/sums.cuh, without threads that have no element: they hold +0, which changes no sum."""
+    sums = sum_defines(order, rows, columns)
+    if sums["SUM_CHAINS"] in (_CHAIN_ONE, _CHAIN_PAIRS):
+        sums["SUM_THREADS"] = min(sums["SUM_THREADS"], -(-columns // sums["SUM_VECTOR"]))
+    return sums
+
+
+def point_defines(norm: Norm) -> dict[str, int | str]:
+    """The macros of kernels/norm.cuh: a norm's rounding points."""
+    defines: dict[str, int | str] = {
+        "CONTRACT": int(norm.contract),
+        "MEAN_DIVIDE": int(norm.mean == "divide"),
+        "RSQRT_CORRECT": int(norm.rsqrt == "correct"),
+        "ROUND_NORMALISED": int(norm.round_normalised),
+    }
+    if norm.weight_offset != 0:
+        defines["WEIGHT_OFFSET"] = f"{float(np.float32(norm.weight_offset)).hex()}f"  # a hexadecimal literal is exact
+    return defines
+
+
+def point_names(norm: Norm) -> list[str]:
+    """The same in words, for a kernel's name."""
+    words = [
+        "h rounded" if norm.round_normalised else "",
+        "fma" if norm.contract else "",
+        "s / K" if norm.mean == "divide" else "",
+        "correct rsqrt" if norm.rsqrt == "correct" else "",
+        f"w + {norm.weight_offset:g}" if norm.weight_offset != 0 else "",
+    ]
+    return [word for word in words if word]
+
+
+def scratch_floats(sums: dict[str, int]) -> int:
     """SUM_SCRATCH of sums.cuh."""
     if sums["SUM_CHAINS"] == _CHAIN_MOMENTS:
         return 48
@@ -114,27 +146,20 @@ def _scratch(sums: dict[str, int]) -> int:
     return 32 + -(-sums["SUM_THREADS"] // 32) * 32
 
 
-def _mean_operand(norm: Norm, rows: int, columns: int) -> np.float32:
+def mean_operand(norm: Norm, rows: int, columns: int) -> np.float32:
+    """What the sum of squares is multiplied with or divided by."""
     if norm.mean == "factor":
         return torch_mean_factor(rows, columns)
     return np.float32(columns) if norm.mean == "divide" else np.float32(1) / np.float32(columns)
 
 
-def _name(order: str, defines: dict[str, int | str]) -> str:
+def _name(order: str, points: list[str], defines: dict[str, int | str]) -> str:
     """Unique for a configuration, and readable."""
     kinds = [("bfloat16", "float32")[int(defines[f"{array}_FLOAT32"])] for array in ("X", "RESIDUAL", "WEIGHT", "OUT")]
     x, residual, weight, out = kinds
     added = ("", f" + {residual} rounded", f" + {residual} stored rounded", f" + {residual} float32")[int(defines["RESIDUAL"])]
-    points = [
-        "h rounded" if defines["ROUND_NORMALISED"] else "",
-        "fma" if defines["CONTRACT"] else "",
-        "s / K" if defines["MEAN_DIVIDE"] else "",
-        "correct rsqrt" if defines["RSQRT_CORRECT"] else "",
-        f"w + {float.fromhex(str(defines['WEIGHT_OFFSET'])[:-1]):g}" if "WEIGHT_OFFSET" in defines else "",
-    ]
     schedule = f"{defines['GROUP']}x{defines['ROWS']} {'registers' if defines['DIRECT'] else 'shared'} by {defines['CHUNK']}"
-    numerics = ", ".join(point for point in points if point)
     return (
         f"rms_norm {order} {defines['SUM_THREADS']}, K {defines['COLUMNS']}, {x}{added}, {weight} w -> {out}, "
-        f"{numerics or 'plain'}, {schedule}"
+        f"{', '.join(points) or 'plain'}, {schedule}"
     )

@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import cufuse
 from cufuse import _driver, compiler
 from cufuse.compiler import ARCHITECTURES, Kernel, KernelCompileError
 
-__all__ = ["Kernel", "KernelCompileError", "NoGpuError", "Prepared", "kernels", "prepare", "resource_table", "workspace"]
+__all__ = [
+    "Kernel", "KernelCompileError", "NoGpuError", "Prepared", "counters", "kernels", "prepare", "resource_table", "workspace",
+]  # fmt: skip
 
 _KERNEL_MODULES = "_gpu_"
 
@@ -115,6 +117,11 @@ def device_of(**arrays: Any) -> int:
     return int(next(iter(devices.values())))
 
 
+def current_stream() -> int:
+    """Pointer of CuPy's current stream on the current device."""
+    return int(_cupy().cuda.get_current_stream().ptr)
+
+
 def on_device(device: int) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` CuPy's current one, if it is not that already."""
     cupy = _cupy()
@@ -139,13 +146,21 @@ class Prepared:
         self._launch = _driver.library().cuLaunchKernelEx
         self._stream = _cupy().cuda.get_current_stream
 
-    def __call__(self, arguments: bytes) -> None:
-        stream = self._stream().ptr
+    def _config(self, stream: int) -> Any:
         config = self._configs.get(stream)
         if config is None:
             grid, threads, smem, cluster, programmatic = self._shape
             config = ctypes.byref(_driver.launch_config(grid, threads, smem, stream, cluster, programmatic))
             self._configs[stream] = config
+        return config
+
+    def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
+        """The launch on a stream with everything prepared: calling it returns the driver's status, 0 if all is well."""
+        params = ctypes.byref(ctypes.c_char_p(arguments))
+        return functools.partial(self._launch, self._config(stream), self._function, params, None)
+
+    def __call__(self, arguments: bytes) -> None:
+        config = self._config(self._stream().ptr)
         # kernelParams is an array of one pointer, to the one structure
         status = self._launch(config, self._function, ctypes.byref(ctypes.c_char_p(arguments)), None)
         if status == _driver.INVALID_CONTEXT:
@@ -236,3 +251,27 @@ def workspace(device: int, size: int) -> int:
         with _driver.relaxed_capture():
             held.append(cupy.empty(max(size, 2 * held[-1].nbytes if held else 1 << 20), "u1"))
     return int(held[-1].data.ptr)
+
+
+_COUNTER_BYTES = 4096
+_counters: dict[tuple[int, int], Any] = {}
+
+
+def counters(device: int) -> int:
+    """Pointer to 4096 bytes of zeros that belong to CuPy's current stream on ``device``.
+
+    For words by which the blocks of a launch find each other: a kernel leaves them as zeros again, so that the launches of a
+    stream, one after the other, share them. As with ``workspace``, graphs captured on one stream must not run at the same time.
+    """
+    cupy = _cupy()
+    key = (device, cupy.cuda.get_current_stream().ptr)
+    held = _counters.get(key)
+    if held is None:
+        with _driver.relaxed_capture():
+            held = cupy.empty(_COUNTER_BYTES, "u1")
+            # on a stream of its own, so that a capture does not take it for a part of the graph
+            with cupy.cuda.Stream(non_blocking=True) as apart:
+                cupy.cuda.runtime.memsetAsync(held.data.ptr, 0, _COUNTER_BYTES, apart.ptr)
+                apart.synchronize()
+        _counters[key] = held
+    return int(held.data.ptr)

@@ -1,5 +1,6 @@
 """The front of an attention layer in one call: residual sum, RMSNorm, Q/K/V projection, Q/K head norm, rotation."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from cufuse import _arrays, gemm, named_recipes, norm
 from cufuse.bf16 import bfloat16, nearest
+from cufuse.quantised.weight import QuantisedWeight
 from cufuse.recipe import Recipe
 from cufuse.rope import check_tables, rotate
 
@@ -15,7 +17,7 @@ STAGES = ("normalised", "q", "k", "v", "q_normed", "k_normed", "q_rotated", "k_r
 """The named intermediates in their order; "q_normed" and "k_normed" are absent without head norms, the last two without cos."""
 
 
-_OPTIONAL = ("q_norm_weight", "k_norm_weight", "cos", "sin", "residual")
+_OPTIONAL = ("q_norm_weight", "k_norm_weight", "cos", "sin", "residual", "cache_slots")
 
 
 def rms_norm_qkv(
@@ -34,6 +36,8 @@ def rms_norm_qkv(
     head_dim: int | None = None,
     recipe: str | Recipe = "torch",
     k_slices: int | None = None,
+    cache_slots: Any = None,
+    static_weights: bool = False,
     out: Any = None,
 ) -> tuple[Any, ...]:
     """RMSNorm, Q/K/V projection, Q/K head norm and rotary embedding, every rounding point as the recipe states it.
@@ -46,26 +50,45 @@ def rms_norm_qkv(
     x : [..., K], bfloat16 (float32 where the recipe has float32 activations). The leading axes are the tokens.
     norm_weight : [K].
     qkv_weight : one packed [(Hq + 2 Hkv) D, K] array with the rows of q, k, v in this order, or a tuple of three, [Hq D, K] and
-        twice [Hkv D, K] (Hugging Face's separate projections, of which cuBLAS cuts K otherwise than of a packed one). bfloat16.
+        twice [Hkv D, K] (Hugging Face's separate projections, of which cuBLAS cuts K otherwise than of a packed one). bfloat16, or
+        QuantisedWeights (``cufuse.quantised``), which ``recipe.gemm.quantised`` says how to multiply by.
     q_norm_weight, k_norm_weight : [D], or both None for a model without head norms (head_dim is then needed).
     eps : of all norms.
     cos, sin : [..., D] with x's leading axes (``rope_tables``), or None: no rotation.
     residual : [..., K], added first; the new residual is then returned as well.
     heads, kv_heads : Hq and Hkv; of a packed weight one of them is needed, of a tuple none.
     recipe, k_slices : as in ``linear``.
+    cache_slots : [...], int64, with x's leading axes: the keys and values go to these rows of a cache. out is then needed, with
+        k and v as caches [slots, Hkv, D]; a token whose slot is negative or beyond the cache is not written (padding), and no two
+        tokens may have the same slot. All other rows stay as they are.
+    static_weights : the weights (of projection and norms) are written by nothing that may still be under way in the stream: a
+        promise that an engine with loaded weights can give. On a GPU the call may then fetch them while the kernel in front of it
+        still runs. Changes no bit; without a GPU nothing at all.
     out : a tuple (q, k, v), or (q, k, v, new residual), of arrays to write to. They may be views, of one packed buffer, say.
 
     Returns
     -------
     q [..., Hq, D], k [..., Hkv, D], v [..., Hkv, D], and the new residual [..., K] if there was one; bfloat16, or float32 where
-    the recipe leaves them so.
+    the recipe leaves them so. With cache_slots k and v are the caches.
+
+    On a GPU nothing is allocated where out is given, and the call can be captured in a graph; graphs captured on one stream share
+    a workspace and must not be replayed at the same time.
 
     Special values, errors: as ``rms_norm``, ``linear`` and ``rope``.
     """
-    numerics = named_recipes.get(recipe)
     names = ("q", "k", "v") if residual is None else ("q", "k", "v", "new residual")
     outs = _arrays.outputs(out, names)
     weights = tuple(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else (qkv_weight,)
+    options = (eps, heads, kv_heads, head_dim, recipe if isinstance(recipe, str) else id(recipe), k_slices, static_weights)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and type(x) is cupy.ndarray:
+        from cufuse import _gpu_qkv
+
+        arrays = (x, norm_weight, q_norm_weight, k_norm_weight, cos, sin, residual, cache_slots, *weights)
+        repeated = _gpu_qkv.again(arrays, outs, options)
+        if repeated is not None:
+            return repeated
+    numerics = named_recipes.get(recipe)
     inputs = {
         "x": x,
         "norm_weight": norm_weight,
@@ -74,7 +97,8 @@ def rms_norm_qkv(
         "cos": cos,
         "sin": sin,
         "residual": residual,
-    } | {f"qkv_weight[{index}]": weight for index, weight in enumerate(weights)}
+        "cache_slots": cache_slots,
+    } | {f"qkv_weight[{index}]": gemm.memory_of(weight) for index, weight in enumerate(weights)}
     required = {name: array for name, array in inputs.items() if name not in _OPTIONAL}
     optional = {name: inputs[name] for name in _OPTIONAL} | {f"out[{index}]": one for index, one in enumerate(outs)}
     backend = _arrays.backend(optional, **required)
@@ -83,26 +107,56 @@ def rms_norm_qkv(
     shape = check(inputs, weights, numerics, heads, kv_heads, head_dim)
     shapes = [(*x.shape[:-1], count, shape.head_dim) for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
     dtypes = [output_dtype(numerics, name, cos is not None, q_norm_weight is not None) for name in ("q", "k", "v")]
+    if cache_slots is not None:
+        shapes[1:3] = [(_check_slots(cache_slots, x, outs), *shapes[1][-2:])] * 2
     if residual is not None:
         shapes.append(x.shape)
         dtypes.append(np.dtype(np.float32) if numerics.residual_sum == "float32" else np.dtype(bfloat16))
     results = tuple(
-        _arrays.output(given, wanted, dtype, backend, x) for given, wanted, dtype in zip(outs, shapes, dtypes, strict=True)
+        _arrays.output(given, wanted, dtype, backend, x, f"out[{index}]")
+        for index, (given, wanted, dtype) in enumerate(zip(outs, shapes, dtypes, strict=True))
     )
     if x.size == 0:
         return results
+    if backend == "cupy" and any(isinstance(weight, QuantisedWeight) for weight in weights):
+        from cufuse import _gpu_qkv_steps
+
+        if cache_slots is not None:
+            raise ValueError("cache_slots is not served with quantised weights on a GPU; leave it out and copy k and v yourself")
+        return _gpu_qkv_steps.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
     if backend == "cupy":
         from cufuse import _gpu_qkv
 
-        _gpu_qkv.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
+        named = {f"out[{index}]": result for index, result in enumerate(results)}
+        _gpu_qkv.rms_norm_qkv(inputs, outs, named, shape, eps, numerics, k_slices, static_weights, options)
         return results
     _arrays.refuse_overlap(*outs, **inputs)
     found = stages(inputs, weights, shape, eps, numerics, k_slices)
     last = [next(found[stage] for stage in names if stage in found) for names in LAST_STAGES]
     for result, value in zip(results, [*last, found.get("new_residual")], strict=False):
         assert value is not None
-        result[...] = (nearest(value) if result.dtype != value.dtype else value).reshape(result.shape)
+        rounded = nearest(value) if result.dtype != value.dtype else value
+        if cache_slots is not None and (result is results[1] or result is results[2]):
+            slots = cache_slots.reshape(-1)
+            stored = (slots >= 0) & (slots < len(result))
+            result[slots[stored]] = rounded[stored]
+        else:
+            result[...] = rounded.reshape(result.shape)
     return results
+
+
+def _check_slots(slots: Any, x: Any, outs: tuple[Any, ...]) -> int:
+    """Rows of the caches that k and v go to."""
+    if slots.dtype != np.int64:
+        raise TypeError(f"cache_slots has dtype {slots.dtype}; needed is int64")
+    _arrays.require_shape("cache_slots", slots, x.shape[:-1], "a slot for each token")
+    for index, name in ((1, "K"), (2, "V")):
+        if outs[index] is None:
+            raise ValueError(f"out[{index}] is None; cache_slots needs a {name} cache [slots, Hkv, D] there")
+        if outs[index].ndim != 3 or len(outs[index]) != len(outs[1]):
+            shape = outs[index].shape
+            raise ValueError(f"out[{index}] has shape {shape}; cache_slots needs two caches [slots, Hkv, D] of one size")
+    return len(outs[1])
 
 
 LAST_STAGES = (("q_rotated", "q_normed", "q"), ("k_rotated", "k_normed", "k"), ("v",))
@@ -147,8 +201,7 @@ def stages(
     found["normalised"] = norm.normalise(wide, inputs["norm_weight"], eps, recipe.norm, added)
     count = len(rows)
     products = [
-        projected(found["normalised"], w, recipe.gemm, gemm.slices_of(count, w.shape[0], columns, recipe.gemm, k_slices))
-        for w in weights
+        projected(found["normalised"], w, recipe.gemm, gemm.slices_for(count, w, recipe.gemm, k_slices)) for w in weights
     ]
     if len(products) == 1:
         products = np.split(products[0], np.cumsum(shape.rows)[:2], axis=1)

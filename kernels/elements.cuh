@@ -54,6 +54,30 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
 #endif
 }
 
+// Products and sums of two pairs of bfloat16, each rounded once to nearest even: the bits of the float32 operation rounded to
+// bfloat16, for a product of two bfloat16 is exact in float32, and a sum rounded to 24 bits and then to 8 is the sum rounded to 8
+// (24 >= 2 * 8 + 2). Subnormals are kept; NaN becomes 0x7FFF.
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+#ifdef __CUDA_ARCH__
+    u32 codes;
+    // less zero, which keeps the sign of a product that is zero
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(codes) : "r"(a), "r"(b), "r"(0x80008000u));
+    return codes;
+#else
+    return round_pair(__fmul_rn(low_of(a), low_of(b)), __fmul_rn(high_of(a), high_of(b)));
+#endif
+}
+
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
+#ifdef __CUDA_ARCH__
+    u32 codes;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(codes) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return codes;
+#else
+    return round_pair(__fadd_rn(low_of(a), low_of(b)), __fadd_rn(high_of(a), high_of(b)));
+#endif
+}
+
 template <int N>
 __device__ __forceinline__ void round_in_place(float (&v)[N]) {
 #pragma unroll
@@ -80,6 +104,57 @@ __device__ __forceinline__ Pack<u16, N> pack(const float (&v)[N], u16) {
     } else {
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) result.pairs[i] = round_pair(v[2 * i], v[2 * i + 1]);
+    }
+    return result;
+}
+
+// the same elements as another type, rounded where that is bfloat16
+template <class T, class S, int N>
+__device__ __forceinline__ Pack<T, N> converted(const Pack<S, N>& values) {
+    float v[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = values.at(i);
+    return pack(v, T());
+}
+
+// elements of the lane whose number differs in these bits
+template <int N>
+__device__ __forceinline__ Pack<float, N> shuffle_xor(const Pack<float, N>& values, int bits) {
+    Pack<float, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.e[i] = __shfl_xor_sync(0xffffffffu, values.e[i], bits);
+    return result;
+}
+
+template <int N>
+__device__ __forceinline__ Pack<u16, N> shuffle_xor(const Pack<u16, N>& values, int bits) {
+    Pack<u16, N> result;
+    if constexpr (N == 1) {
+        result.code = (u16)__float_as_uint(__shfl_xor_sync(0xffffffffu, __uint_as_float(values.code), bits));
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+            result.pairs[i] = __float_as_uint(__shfl_xor_sync(0xffffffffu, __uint_as_float(values.pairs[i]), bits));
+    }
+    return result;
+}
+
+template <int N>
+__device__ __forceinline__ Pack<float, N> negated_if(bool negative, const Pack<float, N>& values) {
+    Pack<float, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.e[i] = negative ? -values.e[i] : values.e[i];
+    return result;
+}
+
+template <int N>
+__device__ __forceinline__ Pack<u16, N> negated_if(bool negative, const Pack<u16, N>& values) {
+    Pack<u16, N> result;
+    if constexpr (N == 1) {
+        result.code = values.code ^ (negative ? 0x8000 : 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) result.pairs[i] = values.pairs[i] ^ (negative ? 0x80008000u : 0u);
     }
     return result;
 }

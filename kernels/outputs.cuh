@@ -31,15 +31,15 @@ struct Output {
         }
     }
 
-    // COLUMNS columns of one warp's 16 rows from `row` on: lane 4 g + t holds, for every eight columns, rows g and g + 8 at
+    // WIDTH columns of one warp's 16 rows from `row` on: lane 4 g + t holds, for every eight columns, rows g and g + 8 at
     // columns 2 t and 2 t + 1.
-    template <int COLUMNS>
+    template <int WIDTH>
     __device__ __forceinline__ void store_rows(int slice, int row, int column, const float* c, int lane) const {
         row += lane / 4, column += lane % 4 * 2;
         if (pairs && !float32) {  // the usual case, without a branch for each pair
             u16* target = (u16*)out + ((long long)slice * m + row) * n + column;
 #pragma unroll
-            for (int j = 0; j < COLUMNS / 8; ++j) {
+            for (int j = 0; j < WIDTH / 8; ++j) {
                 if (column + j * 8 >= n) break;
                 if (row < m) *(u32*)(target + j * 8) = pack_bf16(c[4 * j], c[4 * j + 1]);
                 if (row + 8 < m) *(u32*)(target + 8ll * n + j * 8) = pack_bf16(c[4 * j + 2], c[4 * j + 3]);
@@ -47,7 +47,7 @@ struct Output {
             return;
         }
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j) {
+        for (int j = 0; j < WIDTH / 8; ++j) {
             store(slice, row, column + j * 8, c[4 * j], c[4 * j + 1]);
             store(slice, row + 8, column + j * 8, c[4 * j + 2], c[4 * j + 3]);
         }

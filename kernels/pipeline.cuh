@@ -4,6 +4,7 @@
 // written; phases alternate between parity 0 and 1. wait(barrier, p) returns when the phase of parity p is complete, so that
 // a barrier of which no phase has completed lets wait(.., 1) pass: an empty ring is free to be filled.
 #pragma once
+#include "launches.cuh"
 #include "mma.cuh"
 
 // CUtensorMap as the driver encodes it; a kernel gets it inside its arguments.
@@ -115,6 +116,27 @@ CUFUSE_INLINE void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;
 // Orders this thread's ordinary writes to shared memory before later accesses of it by the copy engine or tensor cores.
 CUFUSE_INLINE void fence_shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
+// The same for ordinary writes to global memory, this thread's or others' that it has seen.
+CUFUSE_INLINE void fence_global_for_copies() { asm volatile("fence.proxy.async.global;" : : : "memory"); }
+
+// Bits set in a word that other CTAs watch: whoever sees them sees all that this CTA wrote before (behind a barrier of its threads).
+CUFUSE_INLINE void publish_bits(u64* word, u64 bits) {
+    asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.or.b64 [%0], %1;" : : "l"(word), "l"(bits) : "memory");
+}
+
+CUFUSE_INLINE u64 read_published(const u64* word) {
+    u64 bits;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(bits) : "l"(word) : "memory");
+    return bits;
+}
+
+// Adds one; what was there before.
+CUFUSE_INLINE u64 count_published(u64* word) {
+    u64 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(word) : "memory");
+    return before;
+}
+
 CUFUSE_INLINE void fetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
 }
@@ -133,8 +155,3 @@ CUFUSE_INLINE u32 cluster_rank() {
 CUFUSE_INLINE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" : : : "memory");
 }
-
-// Programmatic dependent launch: until the kernels before this one have ended and their writes can be seen; and the leave for
-// the next kernel to begin. Both do nothing in an ordinary launch.
-CUFUSE_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
-CUFUSE_INLINE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }

@@ -1,15 +1,8 @@
 // RMSNorm over rows, alone or of a residual sum.
 //
-//   z = x                                  RESIDUAL 0
-//       bf16(x + residual)                 RESIDUAL 1: stored to total as bfloat16
-//       x + residual                       RESIDUAL 2: total = bf16(z);  RESIDUAL 3: total = z, float32
+//   z = x, or x + residual                 RESIDUAL, residual.cuh
 //   s = sum of z * z over the row          order and contraction: sums.cuh
-//   m = s * mean_operand                   MEAN_DIVIDE 0: PyTorch's factor, or float32(1 / K)
-//       s / mean_operand                   MEAN_DIVIDE 1: K as float32; rounded to nearest
-//       variance + mean * mean             SUM_CHAINS CHAIN_MOMENTS; mean_operand unused
-//   r = rsqrt(m + eps)                     RSQRT_CORRECT 0: rsqrt.approx.f32; 1: rounded to nearest
-//   h = z * r                              ROUND_NORMALISED 1: rounded to bfloat16
-//   y = h * w                              or h * (w + WEIGHT_OFFSET) where that macro is defined, the sum rounded to float32
+//   m, r, h = z * r, y = h * w             norm.cuh
 //
 // Every operation is float32 and rounded to nearest even; subnormals are kept (-ftz=false). y is rounded to bfloat16 unless
 // OUT_FLOAT32. A NaN that is rounded to bfloat16 becomes 0x7FFF.
@@ -36,14 +29,12 @@
 //   torch-mean, 16 rows or more, K <= 2048, so head norms      DIRECT 1, GROUP 32, ROWS 4 or 8, CHUNK 4
 //   torch-rms-norm, vllm, flashinfer                           DIRECT 1, GROUP = T, CHUNK = V; one warp: ROWS 4 or 8
 //   all others (vllm-add: half its threads idle), other K      DIRECT 0, GROUP 256; CHUNK as large as K allows
-#include "sums.cuh"
+#include "launches.cuh"
+#include "norm.cuh"
+#include "residual.cuh"
 
-typedef Element<X_FLOAT32 != 0>::type X;
-typedef Element<RESIDUAL_FLOAT32 != 0>::type R;
 typedef Element<WEIGHT_FLOAT32 != 0>::type W;
 typedef Element<OUT_FLOAT32 != 0>::type Y;
-typedef Element<RESIDUAL == 3>::type Total;
-typedef Element<RESIDUAL == 0 ? X_FLOAT32 != 0 : RESIDUAL != 1>::type Z;
 
 constexpr int CHUNKS = COLUMNS / CHUNK;
 constexpr int STEPS = (CHUNKS + GROUP - 1) / GROUP;
@@ -59,34 +50,8 @@ static_assert(!DIRECT || STEPS * CHUNK * sizeof(Z) <= 320, "registers hold the r
 static_assert(!DIRECT || SUM_ONE_CHAIN || SUM_CHAINS == CHAIN_BY_POSITION, "chains over whole vectors");
 static_assert(ROWS == 1 || (DIRECT && GROUP == 32), "several rows a block: a warp each, without barriers");
 
-// z of one chunk; the new residual is stored on the way
-template <class P>
-__device__ __forceinline__ Pack<Z, CHUNK> sum_chunk(const P& x, const Pack<R, CHUNK>& residual, Total* total, int chunk) {
-    if constexpr (RESIDUAL == 0) {
-        return x;
-    } else {
-        float z[CHUNK];
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i) z[i] = __fadd_rn(x.at(i), residual.at(i));
-        store(total, chunk, pack(z, Total()));
-        return pack(z, Z());
-    }
-}
-
 __device__ __forceinline__ void finish_chunk(const Pack<Z, CHUNK>& z, const Pack<W, CHUNK>& weight, float r, Y* y, int chunk) {
-    float v[CHUNK];
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) v[i] = __fmul_rn(z.at(i), r);
-    if (ROUND_NORMALISED) round_in_place(v);
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-#ifdef WEIGHT_OFFSET
-        v[i] = __fmul_rn(v[i], __fadd_rn(weight.at(i), WEIGHT_OFFSET));
-#else
-        v[i] = __fmul_rn(v[i], weight.at(i));
-#endif
-    }
-    store(y, chunk, pack(v, Y()));
+    store(y, chunk, weighted<Y>(z, weight, r));
 }
 
 extern __shared__ float4 shared_memory[];
@@ -101,12 +66,17 @@ struct Arguments {
     long long x_stride, residual_stride, y_stride, total_stride;  // between neighbouring rows of an inner group
     long long x_outer, residual_outer, y_outer, total_outer;      // between groups
     float mean_operand, eps;
+    int next_begins_early;  // the next kernel of a chain may begin before the kernels in front of this one have ended
+    int padding;
 };
 
 // the 1: without it ptxas keeps to 64 registers, whatever spills
 extern "C" __global__ void __launch_bounds__(GROUP * ROWS, 1) rms_norm(const __grid_constant__ Arguments a) {
     const int thread = ROWS > 1 ? threadIdx.x % GROUP : threadIdx.x;
     const long long row = (long long)blockIdx.x * ROWS + (ROWS > 1 ? threadIdx.x / GROUP : 0);
+    if (a.next_begins_early) let_next_kernel_begin();
+    wait_for_previous_kernel();
+    if (!a.next_begins_early) let_next_kernel_begin();
     if (row >= a.rows) return;  // whole warps, and no barrier where a block has several rows
     // 32-bit division: the grid ends before 2^31 rows
     const long long group = a.inner == a.rows ? 0 : (u32)row / (u32)a.inner;
@@ -137,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(GROUP * ROWS, 1) rms_norm(const __g
         for (int i = 0; i < BATCH; ++i) {
             const int chunk = thread + (base + i) * GROUP;
             Pack<Z, CHUNK> z = {};
-            if (chunk < CHUNKS) z = sum_chunk(x_in[i], residual_in[RESIDUAL != 0 ? i : 0], total, chunk);
+            if (chunk < CHUNKS) z = add_residual<CHUNK>(x_in[i], residual_in[RESIDUAL != 0 ? i : 0], total, chunk);
             if (DIRECT) own[DIRECT ? i : 0] = z;
             if (!DIRECT && chunk < CHUNKS) store(stage, chunk, z);
         }
@@ -152,9 +122,7 @@ extern "C" __global__ void __launch_bounds__(GROUP * ROWS, 1) rms_norm(const __g
 #else
     m = sum_of_row(stage, SUM_EDGES ? (int)(row * COLUMNS & 3) : 0, scratch);
 #endif
-    if (SUM_CHAINS != CHAIN_MOMENTS) m = MEAN_DIVIDE ? __fdiv_rn(m, a.mean_operand) : __fmul_rn(m, a.mean_operand);
-    const float variance = __fadd_rn(m, a.eps);
-    const float r = RSQRT_CORRECT ? __frsqrt_rn(variance) : rsqrtf(variance);
+    const float r = reciprocal_root(m, a.mean_operand, a.eps);
 
 #pragma unroll BATCH
     for (int i = 0; i < STEPS; ++i) {

@@ -1,14 +1,10 @@
 // rope: rotates the heads of q and k by the angles of their tokens, halves rotated.
 //
 //   c, s = cos, sin of the token           ROUND_TABLES: rounded to bfloat16 first
-//   a = x * c                              element i of a head with its own c
-//   b = -x[i + D/2] * s, x[i - D/2] * s    for the first and the second half, each with its own s
-//   y = bf16(a) + bf16(b)                  ROUND_PRODUCTS
-//       fma(x, c, b)                       CONTRACT: a is not rounded, b to float32
-//       a + b                              neither
+//   y = x rotated as rotation.cuh has it   ROUND_PRODUCTS: its products rounded; CONTRACT: its sum fused
 //
-// Every operation is float32 and rounded to nearest even; subnormals are kept (-ftz=false, -fmad=false). y is rounded to
-// bfloat16 unless OUT_FLOAT32. A NaN that is rounded to bfloat16 becomes 0x7FFF.
+// Subnormals are kept (-ftz=false, -fmad=false). y is rounded to bfloat16 unless OUT_FLOAT32. A NaN that is rounded to bfloat16
+// becomes 0x7FFF.
 //
 // Layouts: q and q_out [tokens, heads_q, D], k and k_out [tokens, heads_k, D], cos and sin [tokens, D], D = DIMENSIONS even;
 // unit stride along D; strides in elements of heads, of tokens and of groups of `inner` tokens. No output may overlap another
@@ -18,7 +14,7 @@
 //
 // Schedule: a thread rotates CHUNK pairs of one head. `parts` blocks share a token: block b has token b / parts; together
 // they have at least (heads_q + heads_k) * D / 2 / CHUNK threads. Grid: tokens * parts. Tables of a token stay in the L1 cache.
-#include "elements.cuh"
+#include "rotation.cuh"
 
 typedef Element<Q_FLOAT32 != 0>::type Q;
 typedef Element<K_FLOAT32 != 0>::type K;
@@ -28,7 +24,6 @@ typedef Element<OUT_FLOAT32 != 0>::type Y;
 
 constexpr int CHUNKS = DIMENSIONS / 2 / CHUNK;  // of half a head
 static_assert(DIMENSIONS % 2 == 0 && DIMENSIONS / 2 % CHUNK == 0, "CHUNK divides half a head");
-static_assert(!(CONTRACT && ROUND_PRODUCTS), "a fused multiply-add has no product to round");
 
 struct Strides {
     long long q, k, q_out, k_out, cos, sin;
@@ -45,37 +40,19 @@ struct Arguments {
     Strides head, token, group;  // of heads: cos and sin unused
 };
 
-// one of the two tables for CHUNK elements, rounded if it has to be
-template <class T>
-__device__ __forceinline__ void read_table(float (&v)[CHUNK], const T* row, int chunk) {
-    const Pack<T, CHUNK> values = load<CHUNK>(row, chunk);
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) v[i] = values.at(i);
-    if (ROUND_TABLES && sizeof(T) == 4) round_in_place(v);
-}
-
-__device__ __forceinline__ float rotated(float x, float other, float c, float s) {
-    const float b = __fmul_rn(other, s);
-    if (CONTRACT) return __fmaf_rn(x, c, b);
-    const float a = __fmul_rn(x, c);
-    if (!ROUND_PRODUCTS) return __fadd_rn(a, b);
-    const u32 codes = round_pair(a, b);
-    return __fadd_rn(low_of(codes), high_of(codes));
-}
-
 template <class T>
 __device__ __forceinline__ void rotate(const T* x, Y* y, const Cos* cos, const Sin* sin, int chunk) {
     const Pack<T, CHUNK> first = load<CHUNK>(x, chunk), second = load<CHUNK>(x, chunk + CHUNKS);
     float c[2][CHUNK], s[2][CHUNK], low[CHUNK], high[CHUNK];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        read_table(c[half], cos, chunk + half * CHUNKS);
-        read_table(s[half], sin, chunk + half * CHUNKS);
+        read_table<ROUND_TABLES != 0>(c[half], load<CHUNK>(cos, chunk + half * CHUNKS));
+        read_table<ROUND_TABLES != 0>(s[half], load<CHUNK>(sin, chunk + half * CHUNKS));
     }
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) {
-        low[i] = rotated(first.at(i), -second.at(i), c[0][i], s[0][i]);
-        high[i] = rotated(second.at(i), first.at(i), c[1][i], s[1][i]);
+        low[i] = rotated<ROUND_PRODUCTS != 0, CONTRACT != 0>(first.at(i), -second.at(i), c[0][i], s[0][i]);
+        high[i] = rotated<ROUND_PRODUCTS != 0, CONTRACT != 0>(second.at(i), first.at(i), c[1][i], s[1][i]);
     }
     store(y, chunk, pack(low, Y()));
     store(y, chunk + CHUNKS, pack(high, Y()));

@@ -23,10 +23,15 @@
 //   CONTRACT      1: accumulator + x * x is one fused multiply-add; 0: the square is rounded first
 //   GROUP         physical threads of a row, a multiple of 32; threadIdx.x counts them. More than 32: one row a block
 //   COLUMNS       K
+//   SUM_BARRIER   a barrier of the group where it is more than a warp: __syncthreads, unless defined
 //
 // cufuse/emulation/sums_kernel.py has these macros for each named order; cufuse/emulation/sums.py says where each comes from.
 #pragma once
 #include "elements.cuh"
+
+#ifndef SUM_BARRIER
+#define SUM_BARRIER __syncthreads
+#endif
 
 #define CHAIN_ONE 0
 #define CHAIN_PAIRS 1
@@ -159,7 +164,7 @@ __device__ __forceinline__ float join_partials(const float* partials, float* lin
             const float v = halve_lanes(halve_line_to_lanes(partials + line * SUM_WIDTH));
             if ((threadIdx.x & 31) == 0) lines[line] = v;
         }
-        __syncthreads();
+        SUM_BARRIER();
         return join_lines(lines);
     }
 }
@@ -171,11 +176,11 @@ __device__ __forceinline__ float join_threads(float v, float* scratch) {
     } else if constexpr (SUM_WIDTH == 32 && SUM_TREE != TREE_LINES_FIRST) {
         v = SUM_TREE == TREE_PAIRS ? pair_lanes(v) : halve_lanes(v);
         if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = v;
-        __syncthreads();
+        SUM_BARRIER();
         return join_lines(scratch);
     } else {
         scratch[threadIdx.x] = v;
-        __syncthreads();
+        SUM_BARRIER();
         return join_partials(scratch, scratch + SUM_PARTIALS);
     }
 }
@@ -221,7 +226,7 @@ __device__ __forceinline__ float sum_of_row(const T* row, int misplaced, float* 
             const float v = SUM_TREE == TREE_PAIRS ? pair_lanes(chains[0]) : halve_lanes(chains[0]);
             if (lane == 0) lines[t / 32] = v;
         }
-        __syncthreads();
+        SUM_BARRIER();
         return join_lines(lines);
     } else if constexpr (SUM_CHAINS == CHAIN_BY_POSITION) {
         // four neighbouring lanes are the four accumulators of a simulated thread
@@ -232,7 +237,7 @@ __device__ __forceinline__ float sum_of_row(const T* row, int misplaced, float* 
             for (int i = 0; i < 3; ++i) a[i] = __shfl_down_sync(0xffffffffu, s, i + 1);
             if ((unit & 3) == 0 && unit < 4 * SUM_THREADS) scratch[unit / 4] = in_order(s, a[0], a[1], a[2]);
         }
-        __syncthreads();
+        SUM_BARRIER();
         return join_partials(scratch, lines);
     } else {
         for (int t = threadIdx.x; t < SUM_THREADS; t += GROUP) {
@@ -246,7 +251,7 @@ __device__ __forceinline__ float sum_of_row(const T* row, int misplaced, float* 
             }
             scratch[t] = join(chains);
         }
-        __syncthreads();
+        SUM_BARRIER();
         return join_partials(scratch, lines);
     }
 }
@@ -296,7 +301,7 @@ __device__ __forceinline__ float mean_of_squares_by_moments(const T* row, float*
             scratch[32 + t / 32] = v.count;
         }
     }
-    __syncthreads();
+    SUM_BARRIER();
     Moments v = {0.0f, 0.0f, 0.0f};
     if (lane < 16) v = {scratch[lane], scratch[16 + lane], scratch[32 + lane]};
     v = combine_lanes(v);

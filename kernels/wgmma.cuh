@@ -9,6 +9,13 @@ CUFUSE_INLINE u64 operand_descriptor(u32 shared) {
     return (u64)((shared & 0x3FFFFu) >> 4) | (1ull << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
 }
 
+// Descriptor of a single line of K-major values that lie one behind the other, without swizzle, from a multiple of 16 bytes on: the
+// core matrices, eight lines of 16 bytes, overlap by all but their first line, so that line 0 of the operand is the line and the
+// others are what follows it, up to 1024 bytes behind. The next sixteen k lie two units further on.
+CUFUSE_INLINE u64 row_descriptor(u32 shared) {
+    return (u64)((shared & 0x3FFFFu) >> 4) | ((u64)(16 >> 4) << 16) | ((u64)(128 >> 4) << 32);
+}
+
 // Before the first product and after other instructions have touched the accumulators.
 CUFUSE_INLINE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 CUFUSE_INLINE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }

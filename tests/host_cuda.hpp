@@ -98,11 +98,11 @@ void run_block(Kernel kernel) {
 }
 
 template <class Kernel>
-void run_grid(unsigned blocks, Index block, Kernel kernel) {
-    gridDim = {blocks, 1, 1};
+void run_grid(unsigned blocks, Index block, Kernel kernel, unsigned rows = 1) {
+    gridDim = {blocks, rows, 1};
     blockDim = block;
-    for (unsigned b = 0; b < blocks; ++b) {
-        blockIdx = {b, 0, 0};
+    for (unsigned b = 0; b < blocks * rows; ++b) {
+        blockIdx = {b % blocks, b / blocks, 0};
         std::memset(shared_memory, 0xff, sizeof shared_memory);  // NaN: nobody may rely on zeros
         run_block(kernel);
     }

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HARNESS = """
 #include "host_cuda.hpp"
 #include "{source}"
-extern "C" void run(unsigned blocks, unsigned threads, const void* a) {{
-    run_grid(blocks, {{threads, 1, 1}}, [a] {{ {entry}(*static_cast<const Arguments*>(a)); }});
+extern "C" void run(unsigned blocks, unsigned rows, unsigned threads, const void* a) {{
+    run_grid(blocks, {{threads, 1, 1}}, [a] {{ {entry}(*static_cast<const Arguments*>(a)); }}, rows);
 }}
 """
 
@@ -67,6 +67,11 @@ class Array:
     def __setitem__(self, index: Any, value: "Array") -> None:
         self.host[index] = value.host
 
+    def __eq__(self, other: object) -> Any:
+        raise ValueError("arrays are compared element by element: no truth in that")
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __len__(self) -> int:
         return len(self.host)
 
@@ -89,11 +94,14 @@ def empty(shape: Any, dtype: Any) -> Array:
 class Prepared:
     """launch.Prepared on the host."""
 
-    def __init__(self, kernel: Kernel, library: ctypes.CDLL, grid: int, threads: int) -> None:
+    def __init__(self, kernel: Kernel, library: ctypes.CDLL, grid: tuple[int, ...], threads: int) -> None:
         self.kernel, self.library, self.grid, self.threads = kernel, library, grid, threads
 
+    def bound(self, arguments: bytes, stream: int) -> Any:
+        return lambda: self(arguments)
+
     def __call__(self, arguments: bytes) -> None:
-        self.library.run(self.grid, self.threads, ctypes.c_char_p(arguments))
+        self.library.run(*self.grid[:2], self.threads, ctypes.c_char_p(arguments))
 
 
 class HostGpu:
@@ -103,13 +111,32 @@ class HostGpu:
         self.folder = folder
         self.libraries: dict[str, ctypes.CDLL] = {}
         self.launched: list[Kernel] = []
+        self.tensor_cores: Any = None  # tests.linear_on_host.HostGpu
 
-    def prepare(self, kernel: Kernel, device: int, grid: int, *, threads: int | None = None, smem: int | None = None) -> Prepared:
+    def prepare(
+        self,
+        kernel: Kernel,
+        device: int,
+        grid: Any,
+        *,
+        threads: int | None = None,
+        smem: int | None = None,
+        cluster: int = 1,
+        programmatic: bool = False,
+    ) -> Any:
+        """As launch.prepare; kernels that take a tensor core or the copy engine go to the machine that has them."""
+        if self.tensor_cores is not None and kernel.source.startswith(("linear_", "rms_norm_linear")):
+            return self.tensor_cores.prepare(
+                kernel, device, grid, threads=threads, smem=smem, cluster=cluster, programmatic=programmatic
+            )
         threads = kernel.threads if threads is None else threads
         assert 0 < threads <= kernel.threads
-        assert 0 < grid < 2**31
+        shape = (grid, 1, 1) if isinstance(grid, int) else grid
+        assert 0 < shape[0] < 2**31
+        assert 0 < shape[1] < 2**16
+        assert shape[2] == 1
         self.launched.append(kernel)
-        return Prepared(kernel, self.library(kernel), grid, threads)
+        return Prepared(kernel, self.library(kernel), shape, threads)
 
     def library(self, kernel: Kernel) -> ctypes.CDLL:
         key = hashlib.sha256(repr((kernel.source, kernel.defines)).encode()).hexdigest()[:16]
@@ -132,6 +159,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu
     cupy.ndarray, cupy.empty = Array, empty  # type: ignore[attr-defined]
     stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
     cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)  # type: ignore[attr-defined]
+    cupy.dtype = np.dtype  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(launch, "prepare", gpu.prepare)
     monkeypatch.setattr(launch, "capability", lambda device: 90)

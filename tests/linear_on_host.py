@@ -64,6 +64,9 @@ class Prepared:
     def __init__(self, library: ctypes.CDLL, shape: tuple[int, ...], seed: int) -> None:
         self.library, self.shape, self.seed = library, shape, seed
 
+    def bound(self, arguments: bytes, stream: int) -> Any:
+        return lambda: self(arguments)
+
     def __call__(self, arguments: bytes) -> None:
         assert len(arguments) == self.library.arguments_size()
         failure = self.library.run_on_host(arguments, *self.shape[:4], ctypes.c_ulong(self.shape[4]), self.seed)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_cast, _gpu_linear, _gpu_norm, _gpu_rope, _norm_kernels, compiler, gemm, launch
+from cufuse import _gpu_cast, _gpu_linear, _gpu_norm, _gpu_qkv, _gpu_rope, _norm_kernels, compiler, gemm, launch
+from cufuse._gpu_heads import Unsuited
 from cufuse.bf16 import bfloat16
 from cufuse.recipe import Recipe
 from tests import host_gpu
@@ -146,6 +147,11 @@ def cast(x: Array, mode: str, random_bits: None, out: Array) -> None:
 @pytest.mark.parametrize("name", ["torch", "float32", "late-rounding", "separate-k-norm", "flashinfer"])
 def test_blocks(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Packed and separate, with and without head norms, rotation and residual; outputs new, and views of one buffer."""
+    def unsuited(*arguments: Any) -> None:
+        raise Unsuited("the operations one by one are looked at here")
+
+    monkeypatch.setattr(_gpu_qkv, "Chain", unsuited)
+    monkeypatch.setattr(_gpu_qkv, "_calls", {})
     monkeypatch.setattr(_gpu_linear, "linear", product)
     monkeypatch.setattr(_gpu_cast, "round_to_bf16", cast)
     recipe, (x, residual) = RECIPES[name], (inputs.heavy((2, 3, 128), seed) for seed in (1, 2))

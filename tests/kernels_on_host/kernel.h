@@ -1,6 +1,7 @@
 // What a kernel's source sees when it runs on the CPU: the language's words, and the functions of kernels/mma.cuh, pipeline.cuh
 // and wgmma.cuh, which machine.cpp carries out. The headers of those names here include this one and nothing else.
 #pragma once
+#include <cmath>
 #include <cstring>
 
 #define __device__
@@ -10,7 +11,7 @@
 #define __launch_bounds__(...)
 #define __align__(n)
 
-#include "bf16.cuh"
+#include "launches.cuh"
 
 namespace host {
 
@@ -46,6 +47,15 @@ inline auto min(A a, B b) -> decltype(a + b) { return (decltype(a + b))a < (decl
 inline float __uint_as_float(u32 u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frsqrt_rn(float v) { return (float)(1.0 / std::sqrt((double)v)); }
+inline float rsqrtf(float v) { return __frsqrt_rn(v); }
+float __shfl_sync(unsigned mask, float v, int lane);
+float __shfl_xor_sync(unsigned mask, float v, int offset);
+float __shfl_down_sync(unsigned mask, float v, int offset);
 void __syncwarp();
 void __syncthreads();
 
@@ -86,15 +96,19 @@ template <int PENDING>
 inline void wait_for_store_reads() { host::wait_for_store_reads(PENDING); }
 inline void wait_for_stores() { host::wait_for_store_reads(0); }
 inline void fence_shared_for_copies() {}
+inline void fence_global_for_copies() {}
+// CTAs run one after the other: what one has published the next one sees
+inline void publish_bits(u64* word, u64 bits) { *word |= bits; }
+inline u64 read_published(const u64* word) { return *word; }
+inline u64 count_published(u64* word) { return (*word)++; }
 inline void fetch_tensor_map(const TensorMap*) {}
 void sync_threads(u32 id, u32 threads);
 u32 cluster_rank();
 void sync_cluster();
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_begin() {}
 
 // wgmma.cuh
 u64 operand_descriptor(u32 shared);
+u64 row_descriptor(u32 shared);
 inline void products_fence() {}
 void commit_products();
 template <int PENDING>

@@ -73,6 +73,25 @@ void multiply_accumulate(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     });
 }
 
+template <class Source>
+static float host_shuffle(const char* name, float v, Source source) {
+    struct Lane { float value; } in{v};
+    float result;
+    host::warp_collective(name, &in, &result, [source](host::Rendezvous& w) {
+        for (int lane = 0; lane < 32; ++lane) *(float*)w.outputs[lane] = ((const Lane*)w.inputs[source(lane)])->value;
+    });
+    return result;
+}
+float __shfl_sync(unsigned, float v, int from) {
+    return host_shuffle("shuffle", v, [from](int) { return from; });
+}
+float __shfl_xor_sync(unsigned, float v, int offset) {
+    return host_shuffle("shuffle xor", v, [offset](int lane) { return lane ^ offset; });
+}
+float __shfl_down_sync(unsigned, float v, int offset) {
+    return host_shuffle("shuffle down", v, [offset](int lane) { return lane + offset < 32 ? lane + offset : lane; });
+}
+
 u32 transpose_matrix(u32 r) {
     u32 d;
     struct Lane { u32 word; } in{r};
@@ -118,6 +137,10 @@ u64 operand_descriptor(u32 shared) {
     if (shared % 1024) host::fail("operand does not begin at a period of the swizzle", shared);
     return shared >> 4;
 }
+u64 row_descriptor(u32 shared) {
+    if (shared % 16) host::fail("line does not begin at a multiple of 16", shared);
+    return shared >> 4 | 1ull << 63;
+}
 void commit_products() {
     warpgroup_collective("commit", nullptr, nullptr, [](auto&) {
         host::commit(my_products());
@@ -130,8 +153,13 @@ void host::wait_for_products(int pending) {
 
 // Value at line, k of an operand whose address, advanced by 2 for each 16 k, is `operand`.
 static u16 host_operand(u64 operand, u32 line, u32 k, int block) {
-    const u32 address = (u32)(operand << 4) + line * 128 + k * 2;
+    u32 address = (u32)(operand << 4) + line * 128 + k * 2;
     u16 value;
+    if (operand >> 63) {  // a single line: core matrices of eight lines of 16 bytes, each 16 bytes behind the other
+        address += line % 8 * 16 - line * 128 + line / 8 * 128;
+        std::memcpy(&value, host::shared_at(address, 2, block), 2);
+        return value;
+    }
     std::memcpy(&value, host::shared_at(address ^ (address >> 7 & 7) << 4, 2, block), 2);
     return value;
 }

@@ -1,0 +1,210 @@
+"""The block of ``rms_norm_qkv`` as a chain of launches without gaps: norm and projection (one kernel for a few rows), heads.
+
+Each kernel may begin before the one in front of it has ended (programmatic dependent launch, Hopper on) and waits for it before
+it reads what that one writes. The projection has fetched its first weights by then. What may be fetched so early:
+
+- by default nothing that the kernel in front of the whole call could still be writing: the norm waits for it, and only then lets
+  the projection begin, so that the weights have been written by then whoever wrote them;
+- with static weights the projection may begin, and fetch weights, while the kernel in front of the call still runs.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from cufuse import _gpu_gemm, _gpu_heads, _gpu_linear, _gpu_norm, _gpu_norm_linear, _layout, launch
+from cufuse._gpu_heads import Block, Described, dense
+from cufuse._linear_problem import Problem
+from cufuse.compiler import Kernel
+from cufuse.qkv import Heads
+from cufuse.recipe import Recipe
+
+KERNELS: Final[tuple[Kernel, ...]] = ()
+"""None of its own."""
+
+_ALIGNMENT: Final = 1024
+
+Launches = list[tuple[Any, bytes]]
+Step = Callable[[dict[str, int], int], Launches]
+
+
+class Chain:
+    """The launches of a call whose arrays have fixed layouts. Raises Unsuited where the kernels cannot do it.
+
+    ``launches(address, workspace)`` gives them; ``address`` knows the inputs and outputs by name, workspace has
+    ``workspace_bytes`` bytes.
+    """
+
+    __slots__ = ("_steps", "workspace_bytes")
+
+    def __init__(
+        self, arrays: dict[str, Any], shape: Heads, eps: float, recipe: Recipe, k_slices: int | None, device: int, static: bool
+    ) -> None:
+        """arrays: inputs by their names ("qkv_weight[0]", ...; absent ones None), results as "out[0]", ..., cache_slots."""
+        x = arrays["x"]
+        *leading, columns = x.shape
+        tokens = int(np.prod(leading, dtype=np.int64))
+        chained = launch.capability(device) >= 90
+        self._steps: list[Step] = []
+        self.workspace_bytes = 0
+
+        weights = [name for name in arrays if name.startswith("qkv_weight")]
+        width = 2 if recipe.norm.round_weighted else 4
+        normalised = dense(x.shape, width)
+        normalised_at = self._reserve(tokens * columns * width)
+        x_layout = (tokens, columns, width)
+        products, raw, raw_at = self._products(arrays, weights, x_layout, shape, recipe, k_slices, device, chained)
+        together = self._norm_and_projection(arrays, products, normalised_at, raw_at[0], eps, recipe, device, static)
+        if together is not None:
+            self._steps.append(together)
+        else:
+            self._steps.append(self._norm(arrays, normalised, normalised_at, eps, recipe, device, chained, static))
+            self._steps.append(self._projection(products, normalised_at, raw_at, device))
+        ends = _gpu_heads.ends(recipe, arrays["q_norm_weight"] is not None, arrays["cos"] is not None)
+        self._steps.append(self._heads(arrays, raw, raw_at, tuple(leading), ends, eps, device, static))
+
+    def _reserve(self, size: int) -> int:
+        """Place of ``size`` bytes in the workspace."""
+        at = self.workspace_bytes
+        self.workspace_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return at
+
+    def _norm(
+        self, arrays: dict[str, Any], normalised: Described, at: int, eps: float, recipe: Recipe, device: int, chained: bool,
+        static: bool,
+    ) -> Step:  # fmt: skip
+        names, inputs = ["x", "norm_weight"], {"x": arrays["x"], "weight": arrays["norm_weight"]}
+        outs, residual_sum = {"out": normalised}, None
+        written = []
+        if arrays["residual"] is not None:
+            names.insert(1, "residual")
+            inputs = {"x": arrays["x"], "residual": arrays["residual"], "weight": arrays["norm_weight"]}
+            outs["out[3]"], residual_sum = arrays["out[3]"], recipe.residual_sum
+            written = ["out[3]"]
+        alignment = _alignment(arrays, [*names, *written])
+        options = {"programmatic": chained, "next_begins_early": static}
+        plan = _gpu_norm.Plan(outs, inputs, alignment, eps, recipe.norm, residual_sum, device, **options)
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            pointers = [workspace + at, *(address[name] for name in (*written, *names))]
+            return [(plan.prepared, plan.arguments(pointers))]
+
+        return step
+
+    def _products(
+        self, arrays: dict[str, Any], weights: list[str], x: tuple[int, int, int], shape: Heads, recipe: Recipe,
+        k_slices: int | None, device: int, chained: bool,
+    ) -> tuple[dict[str, Problem], tuple[Described, ...], tuple[int, ...]]:  # fmt: skip
+        """The products; q, k and v as they leave them in the workspace: layouts, and places."""
+        tokens, columns, width = x
+        itemsize = 2 if recipe.gemm.output == "bfloat16" else 4
+        places, products = [], {}
+        for name in weights:
+            weight = arrays[name]
+            n = weight.shape[0]
+            places.append(self._reserve(tokens * n * itemsize))
+            slices = recipe.gemm.k_slices if k_slices is None else int(k_slices)
+            if slices == "cublas":
+                slices = _gpu_gemm.asked_slices(tokens, n, columns)
+            alignment = (0, weight.data.ptr & 15, 0)
+            products[name] = _gpu_linear.describe(
+                dense((tokens, columns), width), weight, dense((tokens, n), itemsize), alignment, slices, device,
+                programmatic=chained,
+            )  # fmt: skip
+        row = sum(shape.rows) if len(weights) == 1 else 0
+        if row:
+            places = [places[0] + first * itemsize for first in (0, shape.rows[0], shape.rows[0] + shape.rows[1])]
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+        strides = [row or count * shape.head_dim for count in counts]
+        raw = tuple(
+            Described((tokens, count, shape.head_dim), (stride * itemsize, shape.head_dim * itemsize, itemsize), itemsize)
+            for count, stride in zip(counts, strides, strict=True)
+        )
+        return products, raw, tuple(places)
+
+    def _projection(self, products: dict[str, Problem], x_at: int, raw_at: tuple[int, ...], device: int) -> Step:
+        plans = [
+            (name, _gpu_linear.Plan(problem, device), at) for (name, problem), at in zip(products.items(), raw_at, strict=False)
+        ]
+        scratch = self._reserve(max(plan.workspace_bytes for _, plan, _ in plans))
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            found: Launches = []
+            for name, plan, at in plans:
+                found += plan.launches(workspace + x_at, address[name], workspace + at, workspace + scratch)
+            return found
+
+        return step
+
+    def _norm_and_projection(
+        self, arrays: dict[str, Any], products: dict[str, Problem], normalised_at: int, raw_at: int, eps: float, recipe: Recipe,
+        device: int, static: bool,
+    ) -> Step | None:  # fmt: skip
+        """Both in one launch, for a few rows and a packed weight; None where that cannot be."""
+        if len(products) > 1 or arrays["x"].itemsize != 2:
+            return None
+        (name, problem), x, residual = next(iter(products.items())), arrays["x"], arrays["residual"]
+        total = arrays["out[3]"] if residual is not None else None
+        try:
+            walked = _layout.walk(x.shape[:-1], {"x": x, "residual": residual, "total": total})
+            if walked.outer != 1 or _alignment(
+                arrays, ["x", "norm_weight", *(["residual", "out[3]"] if total is not None else [])]
+            ):
+                return None
+            wide = [one is not None and one.itemsize == 4 for one in (arrays["norm_weight"], residual)]
+            strides = (walked.inner_strides[0], walked.inner_strides[1], walked.inner_strides[2])
+            sum_of = recipe.residual_sum if residual is not None else None
+            rows = _gpu_norm_linear.Rows(recipe, walked.rows, x.shape[-1], sum_of, wide[0], wide[1], strides)
+            plan = _gpu_norm_linear.Plan(rows, problem, eps, device, weights_ready=static)
+        except ValueError:
+            return None
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            ready = launch.counters(device)
+            given = [address.get(one, 0) for one in ("x", "residual", "norm_weight")]
+            return plan.launches(
+                (*given, workspace + normalised_at, address.get("out[3]", 0), ready, address[name], workspace + raw_at)
+            )
+
+        return step
+
+    def _heads(
+        self, arrays: dict[str, Any], raw: tuple[Described, ...], raw_at: tuple[int, ...], leading: tuple[int, ...],
+        ends: _gpu_heads.Ends, eps: float, device: int, static: bool,
+    ) -> Step:  # fmt: skip
+        names = ["out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight", "cache_slots"]
+        alignment = _alignment(arrays, names[:-1])
+        q, k, v = (_with_leading(one, leading) for one in raw)
+        for at in raw_at:
+            alignment |= at & 15
+        outs = (arrays["out[0]"], arrays["out[1]"], arrays["out[2]"])
+        weights, tables = (arrays["q_norm_weight"], arrays["k_norm_weight"]), (arrays["cos"], arrays["sin"])
+        block = Block((q, k, v), outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
+        plan = _gpu_heads.Plan(block, ends, eps, device, alignment, weights_ready=True, tables_ready=not static)
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            return plan.launches((*(workspace + at for at in raw_at), *(address[name] for name in names)))
+
+        return step
+
+    def launches(self, address: dict[str, int], workspace: int) -> Launches:
+        """Prepared kernels with their arguments, in order."""
+        return [one for step in self._steps for one in step(address, workspace)]
+
+
+def _alignment(arrays: dict[str, Any], names: list[str]) -> int:
+    bits = 0
+    for name in names:
+        if arrays[name] is not None:
+            bits |= arrays[name].data.ptr
+    return bits & 15
+
+
+def _with_leading(array: Described, leading: tuple[int, ...]) -> Described:
+    """[tokens, H, D] as [..., H, D]: the tokens lie one behind the other."""
+    strides, step = [], array.strides[0]
+    for length in reversed(leading):
+        strides.append(step)
+        step *= length
+    return Described((*leading, *array.shape[1:]), (*reversed(strides), *array.strides[1:]), array.itemsize)

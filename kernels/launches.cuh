@@ -1,0 +1,17 @@
+// Programmatic dependent launch: kernels of a stream that begin before the one in front of them has ended (sm_90 on; nothing
+// on older targets, and nothing in an ordinary launch).
+//
+// A kernel of a chain waits before it touches what others write, in every block, also in one that has nothing to do: then a
+// kernel that has ended says that all before it have.
+#pragma once
+#include "bf16.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Until the kernels before this one have ended and their writes can be seen.
+CUFUSE_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+// This block's leave for the next kernel to begin.
+CUFUSE_INLINE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
+#else
+CUFUSE_INLINE void wait_for_previous_kernel() {}
+CUFUSE_INLINE void let_next_kernel_begin() {}
+#endif

@@ -1,0 +1,262 @@
+// RMSNorm of a few rows and their projection in one launch, for Hopper (sm_90a): at most 64 rows, K = COLUMNS a multiple of 64.
+//
+//   z = x, or x + residual                 RESIDUAL, residual.cuh
+//   y = bf16(norm of z)                    norm.cuh; order of the sum: sums.cuh
+//   out[m, n] = sum over k of y[m, k] * weight[n, k]
+// Order of the product: one float32 accumulator an output that starts at +0 and walks k upward, one wgmma m64nNk16 for each
+// sixteen; rounded once to bfloat16, to nearest even.
+//
+// Warp 8 brings the weight, TILE_K at a time, into a ring of `depth` stages in shared memory, while warps 0 to 7 normalise; then
+// warps 0 to 3 multiply. The few loads of x go ahead of the queue of weights, which is kept short until y is there: what is asked
+// for later waits behind it.
+//   LOCAL 1: one row, which every CTA normalises for itself into its shared memory.
+//   LOCAL 0: row r is normalised by CTA r, which writes it to `normalised` and sets bit r of *ready; all CTAs wait for all rows and
+//            bring them into the ring beside the weight. A CTA that has waited long normalises what is missing itself: the bits are
+//            the same whoever does it, and no order in which CTAs begin can make them wait for ever.
+//
+// Layouts: x, residual, total [m, K] with unit stride in a row; weight of the norm [K]; normalised [m, K]; weight [n, K], rows a
+// multiple of 16 bytes apart; out [m, n]. Rows are read 16 bytes at a time. Types: x, residual bfloat16 (RESIDUAL_FLOAT32: float32);
+// the norm's weight float32 where WEIGHT_FLOAT32. ready: two words that are zero before the first launch, and after each.
+//
+// Dynamic shared memory: the ring; 64-bit barriers, two a stage; at row_at the sum's scratch and z; with LOCAL y at y_at, with 1024
+// bytes behind it. Block: 288 threads. Grid: one CTA a multiprocessor at most, which take `tiles` tiles of TILE_N rows in turn.
+#define SUM_BARRIER() sync_threads(1, GROUP)
+#include "wgmma.cuh"
+#include "outputs.cuh"
+#include "norm.cuh"
+#include "residual.cuh"
+
+typedef Element<WEIGHT_FLOAT32 != 0>::type W;
+
+constexpr int LINE = 64, LINES = TILE_K / LINE;  // k in a line of 128 bytes
+constexpr int CHUNK = 8, CHUNKS = COLUMNS / CHUNK, STEPS = (CHUNKS + GROUP - 1) / GROUP;
+constexpr int STAGES = (COLUMNS + TILE_K - 1) / TILE_K;
+constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;
+constexpr int CONSUMERS = 128, THREADS = GROUP + 32;
+constexpr int PATIENCE = 1 << 14;  // looks at *ready before a CTA helps itself
+static_assert(GROUP == 256 && COLUMNS % LINE == 0, "warps 0 to 7 normalise whole lines");
+
+struct Arguments {
+    const X* x;
+    const R* residual;
+    const W* norm_weight;
+    u16* normalised;
+    Total* total;
+    u64* ready;  // bits of rows; then CTAs that have seen them all
+    void* out;
+    long long x_stride, residual_stride, total_stride;
+    float mean_operand, eps;
+    int m, n, tiles;
+    int x_rows;   // rows of y in a stage: m, rounded up to a multiple of 8
+    int depth;    // stages of the ring
+    int pairs;    // two neighbouring outputs may be stored at once
+    int early_stages;  // whose weights are fetched before the kernels in front of this one have ended
+    int first_stages;  // and before y is there: no fewer, no more than the ring has
+    int padding;
+    int barriers_at, row_at, y_at;  // bytes from the start of dynamic shared memory
+    TensorMap weight_map, x_map;
+};
+
+// The ring: a stage has LINES pieces of y (unless LOCAL), then LINES pieces of the weight.
+struct Ring {
+    u32 first, full, empty, x_line_bytes, stage_bytes;
+
+    __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
+        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), x_line_bytes(LOCAL ? 0 : a.x_rows * 128),
+          stage_bytes(LINES * (x_line_bytes + WEIGHT_LINE_BYTES)) {}
+    __device__ __forceinline__ u32 x(int slot, int line) const { return first + slot * stage_bytes + line * x_line_bytes; }
+    __device__ __forceinline__ u32 weight(int slot, int line) const { return x(slot, LINES) + line * WEIGHT_LINE_BYTES; }
+};
+
+struct Place {
+    int slot;
+    u32 parity;
+
+    __device__ __forceinline__ void advance(int depth) {
+        if (++slot == depth) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// A row's loads, all on their way at once.
+struct Row {
+    Pack<X, CHUNK> x[STEPS];
+    Pack<R, CHUNK> residual[RESIDUAL != 0 ? STEPS : 1];
+    Pack<W, CHUNK> weight[STEPS];
+
+    __device__ __forceinline__ void read(const Arguments& a, int row) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int chunk = threadIdx.x + i * GROUP;
+            if (chunk >= CHUNKS) break;
+            x[i] = load<CHUNK>(a.x + row * a.x_stride, chunk);
+            if (RESIDUAL != 0) residual[RESIDUAL != 0 ? i : 0] = load<CHUNK>(a.residual + row * a.residual_stride, chunk);
+            weight[i] = load<CHUNK>(a.norm_weight, chunk);
+        }
+    }
+    // By warps 0 to 7. y: K bfloat16 in global or shared memory; total: null if another CTA stores it.
+    __device__ __forceinline__ void normalise(const Arguments& a, unsigned char* shared_row, Total* total, u16* y) const {
+        float* scratch = reinterpret_cast<float*>(shared_row);
+        Z* stage = reinterpret_cast<Z*>(shared_row + (SUM_SCRATCH * 4 + 15) / 16 * 16);
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int chunk = threadIdx.x + i * GROUP;
+            if (chunk < CHUNKS) store(stage, chunk, add_residual<CHUNK>(x[i], residual[RESIDUAL != 0 ? i : 0], total, chunk));
+        }
+        SUM_BARRIER();
+        const float r = reciprocal_root(sum_of_row(stage, 0, scratch), a.mean_operand, a.eps);
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const int chunk = threadIdx.x + i * GROUP;
+            if (chunk >= CHUNKS) break;
+            store(y, chunk, weighted<u16>(load<CHUNK>(stage, chunk), weight[i], r));
+        }
+    }
+};
+
+static __device__ __forceinline__ Total* total_of(const Arguments& a, int row) {
+    return RESIDUAL != 0 ? a.total + row * a.total_stride : nullptr;
+}
+
+// Warps 0 to 7: this CTA's row, and all rows seen. `seen`: a word of shared memory.
+static __device__ __forceinline__ void share_rows(const Arguments& a, Row& row, unsigned char* shared_row, volatile u64* seen) {
+    const int own = blockIdx.x;
+    if (own < a.m) {
+        row.normalise(a, shared_row, total_of(a, own), a.normalised + (long long)own * COLUMNS);
+        fence_global_for_copies();
+        SUM_BARRIER();
+        if (threadIdx.x == 0) publish_bits(a.ready, 1ull << own);
+    }
+    const u64 all = ~0ull >> (64 - a.m);
+    if (threadIdx.x == 0) {
+        u64 found = 0;
+        for (int look = 0; look < PATIENCE && (found & all) != all; ++look) found = read_published(a.ready);
+        *seen = found;
+    }
+    SUM_BARRIER();
+    const u64 missing = all & ~*seen;
+    if (missing != 0) {
+        for (int r = 0; r < a.m; ++r) {
+            if (!(missing >> r & 1)) continue;
+            row.read(a, r);
+            SUM_BARRIER();  // the row before has been read
+            row.normalise(a, shared_row, total_of(a, r), a.normalised + (long long)r * COLUMNS);
+        }
+    }
+    // all have been seen by all: the words go back to zero for the next launch
+    if (threadIdx.x == 0 && count_published(a.ready + 1) == gridDim.x - 1) a.ready[0] = 0, a.ready[1] = 0;
+}
+
+struct Bringer {
+    const Arguments& a;
+    const Ring& ring;
+
+    __device__ __forceinline__ void bring_weight(int tile, int stage, int slot) const {
+        const u32 barrier = ring.full + slot * 8;
+        barrier_arrive_expecting(barrier, ring.stage_bytes);  // zeros from outside the tensors count too
+        copy_box(ring.weight(slot, 0), &a.weight_map, 0, tile * TILE_N, stage * LINES, barrier, EVICT_FIRST);
+    }
+    __device__ __forceinline__ void bring_x(int stage, int slot) const {
+        if (!LOCAL) copy_box(ring.x(slot, 0), &a.x_map, 0, 0, stage * LINES, ring.full + slot * 8, EVICT_NORMAL);
+    }
+    __device__ __forceinline__ void fill(int begin, int end) const {
+#pragma unroll 1
+        for (int stage = begin; stage < min(end, STAGES); ++stage) bring_weight(blockIdx.x, stage, stage);
+    }
+    // All that follow the first stages of the CTA's first tile.
+    __device__ __forceinline__ void go_on() const {
+        int stage = min(a.first_stages, STAGES);
+        Place place = {stage, 1};  // the ring was empty
+        if (stage == a.depth) place = {0, 0};
+        for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, stage = 0)
+            for (; stage < STAGES; ++stage) {
+                barrier_wait(ring.empty + place.slot * 8, place.parity);
+                bring_weight(tile, stage, place.slot);
+                bring_x(stage, place.slot);
+                place.advance(a.depth);
+            }
+    }
+};
+
+static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, u32 y) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Output output = {a.out, a.m, a.n, false, a.pairs != 0};
+    Place place = {0, 0};
+    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
+        float c[TILE_N / 2];
+        int before = 0;
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_wait(ring.full + place.slot * 8, place.parity);
+            products_fence();
+#pragma unroll
+            for (int line = 0; line < LINES; ++line) {
+                // y ends with K, and the weight of the stage's rest is zero
+                if (LOCAL && COLUMNS % TILE_K != 0 && stage * LINES + line >= COLUMNS / LINE) break;
+                const u64 x = LOCAL ? row_descriptor(y + (stage * LINES + line) * 128) : operand_descriptor(ring.x(place.slot, line));
+                const u64 weight = operand_descriptor(ring.weight(place.slot, line));
+#pragma unroll
+                for (int step = 0; step < LINE / 16; ++step)
+                    multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, stage > 0 || line > 0 || step > 0);
+            }
+            commit_products();
+            wait_for_products<1>();  // the stage before has been read
+            if (stage > 0 && threadIdx.x == 0) barrier_arrive(ring.empty + before * 8);
+            before = place.slot;
+            place.advance(a.depth);
+        }
+        wait_for_products<0>();
+        if (threadIdx.x == 0) barrier_arrive(ring.empty + before * 8);
+        output.store_rows<TILE_N>(0, warp * 16, tile * TILE_N, c, lane);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = shared_address(memory);
+    const Ring ring(a, shared);
+    const Bringer bringer = {a, ring};
+
+    let_next_kernel_begin();
+    if (threadIdx.x >= GROUP) {
+        const bool sends = threadIdx.x == GROUP;
+        if (sends) {
+            fetch_tensor_map(&a.weight_map);
+            if (!LOCAL) fetch_tensor_map(&a.x_map);
+#pragma unroll 1
+            for (int slot = 0; slot < a.depth; ++slot) {
+                barrier_init(ring.full + slot * 8, 1);
+                barrier_init(ring.empty + slot * 8, 1);
+            }
+            barrier_init_fence();
+            bringer.fill(0, a.early_stages);
+        }
+        __syncwarp();
+        wait_for_previous_kernel();
+        sync_threads(2, THREADS);  // the loads of x are on their way
+        if (sends) bringer.fill(a.early_stages, a.first_stages);
+        __syncwarp();
+        sync_threads(3, THREADS);  // all rows of y are there
+        if (sends) {
+            fence_global_for_copies();
+#pragma unroll 1
+            for (int stage = 0; stage < min(a.first_stages, STAGES); ++stage) bringer.bring_x(stage, stage);
+            bringer.go_on();
+        }
+    } else {
+        wait_for_previous_kernel();
+        Row row;
+        if (LOCAL || blockIdx.x < a.m) row.read(a, LOCAL ? 0 : blockIdx.x);
+        sync_threads(2, THREADS);
+        unsigned char* shared_row = memory + a.row_at;
+        if (LOCAL) {
+            row.normalise(a, shared_row, blockIdx.x == 0 ? total_of(a, 0) : nullptr, reinterpret_cast<u16*>(memory + a.y_at));
+            fence_shared_for_copies();
+        } else {
+            share_rows(a, row, shared_row, reinterpret_cast<u64*>(memory + a.y_at));
+        }
+        sync_threads(3, THREADS);
+        if (threadIdx.x < CONSUMERS) multiply(a, ring, shared + a.y_at);
+    }
+}
