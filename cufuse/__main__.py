@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import cufuse
-from cufuse.commands import check, info, recipes, report, synthesise
+from cufuse.commands import bench, check, info, recipes, report, synthesise, trace
 from cufuse.compiler import KernelCompileError
 from cufuse.launch import NoGpuError
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"cufuse {cufuse.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=_OneLineParser)
-    for module in (report, recipes, synthesise, check, info):
+    for module in (report, trace, recipes, synthesise, check, bench, info):
         module.add(commands)
     given = parser.parse_args(arguments)
     try:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cufuse import launch
+from cufuse import _layout, launch
 from cufuse.launch import Kernel
 
 _MODES: Final = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
@@ -66,7 +66,7 @@ def _described(arrays: tuple[Any, ...], mode: str) -> tuple[tuple[Any, ...], lis
 class _Plan:
     """All of a call that its mode, shapes, strides and dtypes decide."""
 
-    __slots__ = ("_contiguous", "_mode", "_prepared", "_size")
+    __slots__ = ("_contiguous", "_mode", "_overlap", "_prepared", "_size")
 
     def __init__(self, arrays: tuple[Any, ...], mode: str, device: int) -> None:
         x = arrays[0]
@@ -74,9 +74,12 @@ class _Plan:
         self._prepared = launch.prepare(_KERNELS[np.dtype(x.dtype).name], device, blocks)
         self._contiguous = all(array.flags.c_contiguous for array in arrays)
         self._size, self._mode = x.size, _MODES.index(mode)
+        inputs = {"x": x} if len(arrays) == 2 else {"x": x, "random_bits": arrays[2]}
+        self._overlap = _layout.Overlap({"out": arrays[1]}, inputs)
 
     def run(self, arrays: tuple[Any, ...], pointers: list[int]) -> None:
-        """Launch on the current stream."""
+        """Launch on the current stream. ValueError where out overlaps an input."""
+        self._overlap.check([pointers[1], pointers[0], *pointers[2:]])
         if self._contiguous:
             self._launch(*pointers)
             return

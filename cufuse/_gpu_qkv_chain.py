@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cufuse import _gpu_gemm, _gpu_heads, _gpu_linear, _gpu_norm, _gpu_norm_linear, _layout, launch
+from cufuse import _gpu_gemm, _gpu_heads, _gpu_linear, _gpu_linear_heads, _gpu_norm, _gpu_norm_linear, _layout, launch
 from cufuse._gpu_heads import Block, Described, dense
 from cufuse._linear_problem import Problem
 from cufuse.compiler import Kernel
@@ -55,13 +55,18 @@ class Chain:
         normalised_at = self._reserve(tokens * columns * width)
         x_layout = (tokens, columns, width)
         products, raw, raw_at = self._products(arrays, weights, x_layout, shape, recipe, k_slices, device, chained)
+        ends = _gpu_heads.ends(recipe, arrays["q_norm_weight"] is not None, arrays["cos"] is not None)
+        finished = self._projection_and_heads(arrays, products, normalised_at, ends, eps, device)
+        if finished is not None:
+            self._steps.append(self._norm(arrays, normalised, normalised_at, eps, recipe, device, chained, static))
+            self._steps.append(finished)
+            return
         together = self._norm_and_projection(arrays, products, normalised_at, raw_at[0], eps, recipe, device, static)
         if together is not None:
             self._steps.append(together)
         else:
             self._steps.append(self._norm(arrays, normalised, normalised_at, eps, recipe, device, chained, static))
             self._steps.append(self._projection(products, normalised_at, raw_at, device))
-        ends = _gpu_heads.ends(recipe, arrays["q_norm_weight"] is not None, arrays["cos"] is not None)
         self._steps.append(self._heads(arrays, raw, raw_at, tuple(leading), ends, eps, device, static))
 
     def _reserve(self, size: int) -> int:
@@ -166,6 +171,28 @@ class Chain:
             return plan.launches(
                 (*given, workspace + normalised_at, address.get("out[3]", 0), ready, address[name], workspace + raw_at)
             )
+
+        return step
+
+    def _projection_and_heads(
+        self, arrays: dict[str, Any], products: dict[str, Problem], normalised_at: int, ends: _gpu_heads.Ends, eps: float,
+        device: int,
+    ) -> Step | None:
+        """Both in one launch, for many rows and a packed weight; None where that cannot be, or is slower."""
+        if len(products) > 1:
+            return None
+        weight, problem = next(iter(products.items()))
+        names = ["out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight"]
+        outs = (arrays["out[0]"], arrays["out[1]"], arrays["out[2]"])
+        weights, tables = (arrays["q_norm_weight"], arrays["k_norm_weight"]), (arrays["cos"], arrays["sin"])
+        block = Block(outs, outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
+        try:
+            plan = _gpu_linear_heads.Plan(block, ends, problem, eps, device, _alignment(arrays, names))
+        except _gpu_heads.Unsuited:
+            return None
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            return plan.launches((workspace + normalised_at, address[weight], *(address[name] for name in names)))
 
         return step
 

@@ -35,6 +35,11 @@ _BLOCK = 1 << 22  # weights held at a time when writing
 _DEVIATIONS = {"embed_tokens": 0.027, "q_proj": 0.03, "k_proj": 0.03}
 _OTHER_DEVIATION = 0.02
 
+SMALL = "qwen3-small"
+# a small model's rows are short: larger weights give its layers a say beside the residual stream
+_SMALL_DEVIATIONS = {"embed_tokens": 0.5, "o_proj": 0.05, "down_proj": 0.05}
+_OTHER_SMALL_DEVIATION = 0.06
+
 
 @dataclass(frozen=True)
 class SyntheticTensor:
@@ -82,7 +87,8 @@ class SyntheticTensor:
         float32.
         """
         kind = self.name.split(".")[-2]
-        deviation = _DEVIATIONS.get(kind, _OTHER_DEVIATION)
+        small = self.model == SMALL
+        deviation = (_SMALL_DEVIATIONS if small else _DEVIATIONS).get(kind, _OTHER_SMALL_DEVIATION if small else _OTHER_DEVIATION)
         scale = np.float32(deviation / np.sqrt((65536.0**2 - 1) / 3))  # four times the variance of 0..65535
         bits = np.empty(count, np.uint16)
         done = 0

@@ -180,7 +180,8 @@ def _read(stem: str) -> Cubin | None:
     try:
         about = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
         code = (folder / f"{stem}.cubin").read_bytes()
-        if hashlib.sha256(code).hexdigest() == about["sha256"]:
+        # a whole entry under another's name is sound, but other machine code
+        if about["stem"] == stem and hashlib.sha256(code).hexdigest() == about["sha256"]:
             return Cubin(code, *(int(about[key]) for key in ("registers", "static_smem", "stack", "spills")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent, unreadable or damaged: compiled anew
@@ -195,7 +196,7 @@ def _write(stem: str, kernel: Kernel, cubin: Cubin) -> None:
     if _cache_is_off:
         return
     about = {
-        "kernel": kernel.name, "sha256": hashlib.sha256(cubin.code).hexdigest(), "registers": cubin.registers,
+        "kernel": kernel.name, "stem": stem, "sha256": hashlib.sha256(cubin.code).hexdigest(), "registers": cubin.registers,
         "static_smem": cubin.static_smem, "stack": cubin.stack, "spills": cubin.spills,
     }  # fmt: skip
     folder = cache_folder()

@@ -8,6 +8,7 @@ import numpy as np
 
 from cufuse import gemm, norm
 from cufuse.bf16 import nearest
+from cufuse.quantised.weight import QuantisedWeight, dequantise
 from cufuse.recipe import Norm, Recipe
 from cufuse.rope import rotate
 
@@ -17,7 +18,7 @@ class Block(Protocol):
 
     heads: Any
     eps: float
-    weights: tuple[np.ndarray, ...]
+    weights: tuple[Any, ...]
 
     def given(self, recipe: Recipe) -> dict[str, Any]:
         """x and the norm weights, with the recipe's cos and sin."""
@@ -63,7 +64,7 @@ def explain_worst(
     token, head, channel = (int(i) for i in np.unravel_index(np.nanargmax(difference), difference.shape))
     weight = _key_weight(block, head)
     change = np.abs(_float64(expected["normalised"][token]) - _float64(stages["normalised"][token]))
-    entry = int(np.argmax(change * np.abs(_float64(weight[channel]))))
+    entry = int(np.argmax(change * np.abs(_float64(_values(weight)[channel]))))
     chains = [_chain(block, one, weight, (token, channel, entry)) for one in (reference, recipe)]
     links = [(point, Link(name, a, b)) for (point, name, a), (_, _, b) in zip(*chains, strict=True)]
     point, first = next(
@@ -91,7 +92,7 @@ _POINT_OF_STAGE = {"k": _PROJECTED, "k_normed": _HEAD_WEIGHTED}
 Chain = list[tuple[int, str, float]]
 
 
-def _chain(block: Block, recipe: Recipe, weight: np.ndarray, place: tuple[int, int, int]) -> Chain:
+def _chain(block: Block, recipe: Recipe, weight: Any, place: tuple[int, int, int]) -> Chain:
     """Every intermediate value of one key element under one recipe, each with the rounding point that it belongs to."""
     token, channel, entry = place
     given = block.given(recipe)
@@ -102,7 +103,8 @@ def _chain(block: Block, recipe: Recipe, weight: np.ndarray, place: tuple[int, i
     chain += _norm_links(rows[token, entry], factor, given["norm_weight"][entry], recipe.norm, names, f"[{entry}]", _NORMALISED)
 
     normalised = norm.normalise(rows, given["norm_weight"], block.eps, recipe.norm)
-    slices = gemm.slices_of(len(rows), _projection_rows(block), rows.shape[1], recipe.gemm)
+    quantised = isinstance(weight, QuantisedWeight)
+    slices = gemm.slices_of(len(rows), _projection_rows(block), rows.shape[1], recipe.gemm, quantised=quantised)
     accumulator = gemm.project(normalised, weight, dataclasses.replace(recipe.gemm, output="float32"), slices)[token]
     k = nearest(accumulator) if recipe.gemm.output == "bfloat16" else accumulator
     chain += [(_PRODUCT, "k, accumulated", float(accumulator[channel])), (_PROJECTED, "k, used", float(k[channel]))]
@@ -152,12 +154,19 @@ def _cause(point: int, reference: Recipe, recipe: Recipe) -> str:
     return "the recipes agree up to here; the difference comes from entries that are not shown"
 
 
-def _key_weight(block: Block, head: int) -> np.ndarray:
+def _values(weight: Any) -> np.ndarray:
+    return np.asarray(dequantise(weight)) if isinstance(weight, QuantisedWeight) else weight
+
+
+def _key_weight(block: Block, head: int) -> Any:
     """The D rows of the key projection that make one head."""
     start = head * block.heads.head_dim
     if len(block.weights) == 1:
         start += block.heads.rows[0]
-    return block.weights[min(1, len(block.weights) - 1)][start : start + block.heads.head_dim]
+    weight = block.weights[min(1, len(block.weights) - 1)]
+    if isinstance(weight, QuantisedWeight):
+        return weight.rows(start, start + block.heads.head_dim)
+    return weight[start : start + block.heads.head_dim]
 
 
 def _projection_rows(block: Block) -> int:

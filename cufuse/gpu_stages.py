@@ -11,11 +11,12 @@ import numpy as np
 from cufuse import _gpu_gemm, _gpu_norm, _gpu_rope, gemm, launch
 from cufuse.bf16 import bfloat16
 from cufuse.qkv import STAGES, Heads
+from cufuse.quantised.weight import QuantisedWeight
 from cufuse.recipe import Norm, Recipe
 
 
 def stages(
-    inputs: dict[str, Any], weights: tuple[np.ndarray, ...], shape: Heads, eps: float, recipe: Recipe
+    inputs: dict[str, Any], weights: tuple[Any, ...], shape: Heads, eps: float, recipe: Recipe
 ) -> dict[str, np.ndarray]:
     """As ``cufuse.qkv.stages`` on the same NumPy arrays and with its slices of K, but computed on CuPy's current GPU.
 
@@ -25,15 +26,16 @@ def stages(
     import cupy
 
     given: dict[str, Any] = {name: None if array is None else cupy.asarray(array) for name, array in inputs.items()}
-    count, columns = given["x"].shape
+    count = len(given["x"])
     found: dict[str, Any] = {}
     found["normalised"] = _norm(given["x"], given["norm_weight"], eps, recipe.norm)
     products = []
     for weight in weights:
         dtype = bfloat16 if recipe.gemm.output == "bfloat16" else np.float32
         product = cupy.empty((count, weight.shape[0]), dtype)
-        slices = gemm.slices_of(count, weight.shape[0], columns, recipe.gemm)
-        products.append(_gpu_gemm.linear(found["normalised"], cupy.asarray(weight), recipe.gemm, slices, product))
+        slices = gemm.slices_for(count, weight, recipe.gemm)
+        on_device = weight.on_gpu() if isinstance(weight, QuantisedWeight) else cupy.asarray(weight)
+        products.append(_gpu_gemm.linear(found["normalised"], on_device, recipe.gemm, slices, product))
     if len(products) == 1:
         products = cupy.split(products[0], np.cumsum(shape.rows)[:2].tolist(), axis=1)
     for name, product in zip("qkv", products, strict=True):

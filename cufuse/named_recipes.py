@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from cufuse.recipe import Gemm, Norm, Recipe, Rope
+from cufuse.recipe import Attention, Gemm, Mlp, Norm, Recipe, Rope
 
 _TORCH_NORM = Norm(
     sum_order="torch-mean", mean="factor", round_normalised=True, round_weighted=True, float32_weight="promote"
@@ -18,9 +18,11 @@ _FUSED_NORM = Norm(sum_order="torch-rms-norm", contract=True, mean="divide", rou
 _FLOAT32_NORM = Norm(
     sum_order="torch-mean", mean="factor", round_normalised=False, round_weighted=False, float32_weight="accept"
 )
-_FLOAT32_GEMM = Gemm(input="float32", k_slices=1, output="float32")
+_FLOAT32_GEMM = Gemm(input="float32", k_slices=1, output="float32", quantised="block-scaled")
 _FLOAT32_ROPE = Rope(tables="float32", round_products=False, round_sum=False)
 _ROUND_ONCE_ROPE = Rope(round_products=False, contract=True)
+_FLOAT32_ATTENTION = Attention(products="blocks", round_scores=False, round_scaled=False, round_output=False)
+_FLOAT32_MLP = Mlp(round_activated=False, round_gated=False)
 
 _TORCH = Recipe(
     name="torch",
@@ -39,6 +41,8 @@ _LATE = Recipe(
     rope=_FLOAT32_ROPE,
     round_output=True,
     float32_activations=True,
+    mlp_norm=_TORCH_NORM,
+    dense=Gemm(),
 )
 _RECIPES = (
     _TORCH,
@@ -55,6 +59,10 @@ _RECIPES = (
         source="the rounding study that cufuse grew from, 'option 2'; GEMM order: cufuse's own.",
         residual_sum="float32",
         round_output=False,
+        attention=_FLOAT32_ATTENTION,
+        mlp=_FLOAT32_MLP,
+        mlp_norm=None,
+        dense=None,
     ),
     _LATE,
     _LATE.derive(
@@ -68,7 +76,7 @@ _RECIPES = (
     ),
     Recipe(
         name="llama.cpp",
-        summary="llama.cpp on CUDA: float32 activations and norm weights, nothing rounded; the weights here are bfloat16.",
+        summary="llama.cpp on CUDA: float32 activations and norm weights, nothing rounded, weights of bfloat16 or quantised.",
         source="ggml/src/ggml-cuda/norm.cu rms_norm_f32 at 0129866, -use_fast_math; rotation by correctly rounded tables and "
         "the GEMM's order are cufuse's choice: cuBLAS or ggml's own kernel runs there.",
         residual_sum="float32",
@@ -91,6 +99,8 @@ _RECIPES = (
         ),
         rope=Rope(tables="float32", round_products=False, contract=True, round_sum=False),
         float32_activations=True,
+        attention=_FLOAT32_ATTENTION,
+        mlp=_FLOAT32_MLP,
     ),
     _TORCH.derive(
         "vllm-0.19",
@@ -99,6 +109,7 @@ _RECIPES = (
         "pos_encoding_kernels.cu.",
         norm={"sum_order": "vllm", "sum_order_after_residual": "vllm-add", "mean": "divide", "float32_weight": "refuse"},
         head_norm={"sum_order": "vllm", "mean": "divide", "float32_weight": "refuse"},
+        packed_projections=True,
     ),
     _TORCH.derive(
         "vllm-0.20",
@@ -113,6 +124,7 @@ _RECIPES = (
         },
         head_norm={"sum_order": "vllm", "mean": "divide", "round_normalised": False, "float32_weight": "refuse"},
         rope=_ROUND_ONCE_ROPE,
+        packed_projections=True,
     ),
     _TORCH.derive(
         "flashinfer",
@@ -163,6 +175,8 @@ _RECIPES = (
             "float32_weight": "refuse",
         },
         rope=Rope(tables="float32", round_products=False, contract=True),
+        packed_projections=True,
+        mlp={"round_activated": False},
     ),
     _TORCH.derive(
         "batch-invariant",
@@ -171,10 +185,31 @@ _RECIPES = (
         norm={"sum_order": "torch-rms-norm", "contract": True, "mean": "divide"},
         gemm={"k_slices": 1},
         head_norm={"sum_order": "torch-rms-norm", "contract": True, "mean": "divide"},
+        attention={"products": "blocks"},
+    ),
+    _TORCH.derive(
+        "block-scaled",
+        summary="torch, but quantised weights enter the tensor core as integers and their scales are applied in float32.",
+        source="cufuse's own: what its kernels for quantised weights compute.",
+        gemm={"quantised": "block-scaled"},
     ),
 )
 
-RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
+_LLAMA: Final = next(recipe for recipe in _RECIPES if recipe.name == "llama.cpp")
+_QUANTISED = (
+    _LLAMA.derive(
+        "llama.cpp-q8_1",
+        summary="llama.cpp on CUDA as it runs quantised weights for up to eight tokens: activations in blocks of 32 bytes.",
+        source="ggml/src/ggml-cuda/quantize.cu, mmvq.cu and vecdotq.cuh at 000f4625, norm.cu at 0129866; contraction read from the "
+        "source; more tokens, which take mmq there, go in calls of eight.",
+        gemm={"quantised": "q8_1"},
+    ),
+)
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({recipe.name: recipe for recipe in (*_RECIPES, *_QUANTISED)})
+
+QUANTISED_ONLY: Final = ("block-scaled", "llama.cpp-q8_1")
+"""Recipes that differ from another one ("torch", "llama.cpp") for quantised weights alone."""
 
 
 def get(recipe: str | Recipe) -> Recipe:

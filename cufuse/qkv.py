@@ -119,11 +119,9 @@ def rms_norm_qkv(
     if x.size == 0:
         return results
     if backend == "cupy" and any(isinstance(weight, QuantisedWeight) for weight in weights):
-        from cufuse import _gpu_qkv_steps
+        from cufuse import _gpu_quantised_qkv
 
-        if cache_slots is not None:
-            raise ValueError("cache_slots is not served with quantised weights on a GPU; leave it out and copy k and v yourself")
-        return _gpu_qkv_steps.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, results)
+        return _gpu_quantised_qkv.rms_norm_qkv(inputs, weights, shape, eps, numerics, k_slices, static_weights, results)
     if backend == "cupy":
         from cufuse import _gpu_qkv
 

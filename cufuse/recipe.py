@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from cufuse import _decoder_recipe
+from cufuse._decoder_recipe import Attention as Attention
+from cufuse._decoder_recipe import Mlp as Mlp
 from cufuse.emulation.sums import SUM_ORDERS
 from cufuse.emulation.tensor_core import TENSOR_CORES
 
@@ -58,6 +61,13 @@ class Gemm:
     """How many slices of K have accumulators of their own, added in float32 first to last; "cublas": as many as cuBLAS takes."""
     output: Dtype = "bfloat16"
     """Whether the accumulator is rounded to bfloat16."""
+    quantised: Literal["decoded", "block-scaled", "q8_1"] = "decoded"
+    """What becomes of a quantised weight. "decoded": its float32 values are rounded to bfloat16, then it is a weight like any
+    other. "block-scaled": its integers enter the tensor core, exactly; each group's sum is multiplied by the group's scale and
+    added by a fused multiply-add in float32 (``cufuse.emulation.block_scaled``). "q8_1": activations are quantised too and the
+    products are integer dot products (``cufuse.emulation.q8_1``)."""
+    quantised_slices: int = 8
+    """k_slices of a "block-scaled" weight: ceil(pieces / 8) pieces of 64 k (256 for formats with blocks of 256) in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +106,27 @@ class Recipe:
     """Whether q, k and v, where still float32, are rounded to bfloat16 at the very end."""
     float32_activations: bool = False
     """Whether x and residual may be float32."""
+    packed_projections: bool = False
+    """Whether a decoder has q, k, v in one projection, and gate and up in another: cuBLAS cuts the K of a packed one otherwise."""
+    attention: Attention = field(default_factory=Attention)
+    mlp: Mlp = field(default_factory=Mlp)
+    mlp_norm: Norm | None = None
+    """The norm before the MLP and the final one; None: as ``norm``."""
+    dense: Gemm | None = None
+    """The projections behind the attention (output, gate, up, down, head); None: as ``gemm``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", f"{self.name}: {self.summary} Source: {self.source}")
         for part, kind in (("norm", Norm), ("gemm", Gemm), ("head_norm", Norm), ("rope", Rope)):
             if not isinstance(getattr(self, part), kind):
                 raise TypeError(f"recipe {self.name!r}: {part} is {getattr(self, part)!r}; needed is a {kind.__name__}")
-        for fields in (self, self.norm, self.gemm, self.head_norm, self.rope):
-            _check_choices(self.name, fields)
+        for part, other in (("attention", Attention), ("mlp", Mlp), ("mlp_norm", Norm), ("dense", Gemm)):
+            value = getattr(self, part)
+            if not isinstance(value, other) and (value is not None or part in ("attention", "mlp")):
+                raise TypeError(f"recipe {self.name!r}: {part} is {value!r}; needed is {other.__name__}")
+        for fields in (self, self.norm, self.gemm, self.head_norm, self.rope, self.attention, self.mlp, self.mlp_norm, self.dense):
+            if fields is not None:
+                _check_choices(self.name, fields)
         for contradiction in _contradictions(self):
             raise ValueError(f"recipe {self.name!r}: {contradiction}")
 
@@ -127,19 +150,33 @@ class Recipe:
             "output: q, k, v " + ("-> bfloat16 here, once" if self.round_output else "as they are"),
         ]
 
+    def decoder_points(self) -> list[str]:
+        """The steps behind those of ``rounding_points``, with which a decoder's layer ends, likewise."""
+        return [
+            *self.attention.points(),
+            *(line.replace("projection", "output, gate, up, down, head", 1) for line in _describe_gemm(self.dense or self.gemm)),
+            *_describe_norm("MLP's norm, final norm", self.mlp_norm or self.norm),
+            *self.mlp.points(),
+        ]
+
     def derive(self, name: str, **changes: Any) -> Self:
-        """A copy under another name with some fields changed; norm, gemm, head_norm and rope take a dict of theirs.
+        """A copy under another name with some fields changed; norm, gemm, head_norm, rope, attention and mlp take a dict of theirs
+        (mlp_norm and dense too, on top of norm and gemm where they are None).
 
         Raises ValueError for a contradiction, TypeError for an unknown field (from ``dataclasses.replace``).
         """
         for key, value in changes.items():
             if isinstance(value, dict):
-                changes[key] = dataclasses.replace(getattr(self, key), **value)
+                base = getattr(self, key)
+                if base is None and key in ("mlp_norm", "dense"):
+                    base = self.norm if key == "mlp_norm" else self.gemm
+                changes[key] = dataclasses.replace(base, **value)
         return dataclasses.replace(self, name=name, **changes)
 
     def on(self, core: str) -> Self:
         """This recipe on another tensor core ("sm_80", ...), under its own name."""
-        return self.derive(self.name, gemm={"core": core})
+        dense = None if self.dense is None else {"core": core}
+        return self.derive(self.name, gemm={"core": core}, dense=dense)
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -149,11 +186,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "float32_weight": ("promote", "accept", "refuse"),
     "input": ("bfloat16", "float32"),
     "output": ("bfloat16", "float32"),
+    "quantised": ("decoded", "block-scaled", "q8_1"),
     "tables": ("bfloat16", "float32"),
     "sum_order": tuple(SUM_ORDERS),
     "sum_order_after_residual": (None, *SUM_ORDERS),
     "core": tuple(TENSOR_CORES),
-}
+} | _decoder_recipe.CHOICES
 
 
 def _check_choices(recipe: str, part: Any) -> None:
@@ -168,6 +206,7 @@ def _check_choices(recipe: str, part: Any) -> None:
 def _contradictions(recipe: Recipe) -> list[str]:
     norm, gemm, rope = recipe.norm, recipe.gemm, recipe.rope
     slices = gemm.k_slices
+    behind = (recipe.dense or gemm).input == "bfloat16", (recipe.mlp_norm or norm).round_weighted
     checks = {
         "gemm.input is bfloat16, but norm.round_weighted is False: the norm's float32 output would be rounded nowhere": (
             gemm.input == "bfloat16" and not norm.round_weighted
@@ -179,8 +218,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
             isinstance(part.weight_offset, (int, float)) and math.isfinite(part.weight_offset) for part in (norm, recipe.head_norm)
         ),
         f"gemm.core {gemm.core} has no bfloat16; needed is sm_80 or newer": "bfloat16" not in TENSOR_CORES[gemm.core].dtypes,
-        f"gemm.k_slices is {slices!r}; needed is 'cublas' or an integer >= 1": (
-            slices != "cublas" and (isinstance(slices, bool) or not isinstance(slices, int) or slices < 1)
+        f"gemm.k_slices is {slices!r}; needed is 'cublas' or an integer >= 1": slices != "cublas" and not _is_count(slices),
+        f"gemm.quantised_slices is {gemm.quantised_slices!r}; needed is an integer >= 1": not _is_count(gemm.quantised_slices),
+        "the projections behind the attention (dense, or gemm) and the MLP's norm (mlp_norm, or norm) do not go together: bfloat16 "
+        "input needs round_weighted, float32 input needs it False": behind[0] != behind[1],
+        "dense takes bfloat16, but attention.round_output or mlp.round_gated is False: their float32 would be rounded nowhere": (
+            behind[0] and not (recipe.attention.round_output and recipe.mlp.round_gated)
         ),
         "rope.contract with rope.round_products: a fused multiply-add has no product to round": (
             rope.contract and rope.round_products
@@ -196,6 +239,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         ),
     }
     return [text for text, holds in checks.items() if holds]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _describe_norm(title: str, norm: Norm) -> list[str]:
@@ -217,9 +264,15 @@ def _describe_gemm(gemm: Gemm) -> list[str]:
     core = TENSOR_CORES[gemm.core]
     slices = {"cublas": "as many slices as cuBLAS takes", 1: "one slice"}.get(gemm.k_slices, f"{gemm.k_slices} slices")
     parts = "" if gemm.input == "bfloat16" else "; float32 activations in three bfloat16 parts: high, middle, low for every 16 of K"
+    quantised = {
+        "decoded": "; quantised weights decoded -> bfloat16",
+        "block-scaled": "; quantised weights as integers, each group's sum times its scale by fused multiply-add, in "
+        f"{gemm.quantised_slices} slices",
+        "q8_1": "; with quantised weights: activations in blocks of 32 bytes, integer dot products in llama.cpp's order",
+    }[gemm.quantised]
     return [
         f"projection: {gemm.core} blocks of {core.terms} products, terms cut to {core.fraction_bits} bits below the largest "
-        f"exponent, K ascending, {slices}{parts}",
+        f"exponent, K ascending, {slices}{parts}{quantised}",
         "projection: accumulator" + (" -> bfloat16" if gemm.output == "bfloat16" else " in float32"),
     ]
 

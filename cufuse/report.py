@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from cufuse import named_recipes, oracle, qkv
-from cufuse.bf16 import nearest, to_bits, ulp_distance
+from cufuse import named_recipes, qkv
+from cufuse.bf16 import to_bits
 from cufuse.checkpoint import AttentionLayer
 from cufuse.emulation import cublas
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.explanation import Worst, explain_worst
+from cufuse.quantised.gguf_checkpoint import QuantisedLayer
 from cufuse.recipe import Recipe
 from cufuse.report_block import LayerBlock
+from cufuse.report_quantised import Row
+from cufuse.report_stages import Stage, as_bfloat16, compare
 
 SCHEMA = 1
 
@@ -33,30 +36,6 @@ OPTIONS = {
     "option 3: K norm apart": "separate-k-norm",
 }
 """The rows of the rounding study that cufuse grew from, and the recipe of each."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of one recipe.
-
-    ``mismatches``, ``max_abs_diff`` and ``max_ulp_diff`` compare with the reference recipe, on bfloat16: a stage that a recipe
-    leaves in float32 is rounded for this, as its next reader would do. ``max_abs_error`` and ``rms_error`` are the distance of
-    the stage as it is (unrounded where float32) from the float64 oracle; ``max_ulp_error`` that of its bfloat16 from the
-    oracle's, rounded once.
-    """
-
-    outputs: int
-    mismatches: int
-    max_abs_diff: float
-    max_ulp_diff: int
-    max_abs_error: float
-    rms_error: float
-    max_ulp_error: int
-
-    @property
-    def share(self) -> float:
-        """The mismatches' share of the outputs."""
-        return self.mismatches / self.outputs if self.outputs else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,15 +74,20 @@ class Report:
     recipes: dict[str, RecipeResult]
     options: dict[str, Option]
     notes: tuple[str, ...]
-    samples: dict[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
+    quantisation: tuple[Row, ...] = ()
+    """Rows of ``cufuse.report_quantised``, where asked for."""
+    samples: dict[str, np.ndarray] = dataclasses.field(repr=False, compare=False, default_factory=dict)
     """For plots: "k_norm_weight" [D] and, per recipe, the largest difference of "k_normed" in every channel [D]."""
 
     def to_json(self) -> dict[str, Any]:
         """The documented form, schema 1: model, layer, tokens, reference, arch, form, synthetic, max_k_norm_weight, notes,
-        ``recipes: {name: {"stages": {stage: {...}}, "amplification", "worst"}}``, ``options``: the fields of the dataclasses.
+        ``recipes: {name: {"stages": {stage: {...}}, "amplification", "worst"}}``, ``options``: the fields of the dataclasses,
+        and ``quantisation`` where it was asked for.
         NaN and infinities, which JSON lacks, are None."""
         content = dataclasses.asdict(dataclasses.replace(self, samples={}))
         del content["samples"]
+        if not self.quantisation:
+            del content["quantisation"]
         return {"schema": SCHEMA, **_without_nan(content)}
 
 
@@ -142,7 +126,7 @@ def analyse(
         raise TypeError(f"hidden_states is a {type(hidden_states).__name__}; needed is a NumPy array [T, K]")
     if hidden_states.ndim != 2 or hidden_states.size == 0:
         raise ValueError(f"hidden_states has shape {hidden_states.shape}; needed is [T, K] with one token or more")
-    chosen = _chosen(recipes, reference, arch)
+    chosen = _chosen(recipes, reference, arch, isinstance(layer, QuantisedLayer))
     reference_name = named_recipes.get(reference).name
     gpu = _gpu(device, arch)
     block = LayerBlock(layer, hidden_states, separate, first_position, device)
@@ -160,7 +144,7 @@ def analyse(
         expected = found[reference_name]
         for name, stages in found.items():
             truth = truths[by_name[name].norm.weight_offset]
-            compared = {stage: _compare(stages[stage], expected[stage], truth[stage]) for stage in stages}
+            compared = {stage: compare(stages[stage], expected[stage], truth[stage]) for stage in stages}
             worst = None
             if name != reference_name:
                 worst = explain_worst(block, by_name[reference_name], by_name[name], expected, stages)
@@ -177,7 +161,7 @@ def analyse(
         max_k_norm_weight=None if layer.k_norm is None else float(np.abs(layer.k_norm.astype(np.float32)).max()),
         recipes=results,
         options=options,
-        notes=(*notes, *_notes(layer, arch, chosen, assumed), *_agreement(block, gpu)),
+        notes=(*notes, *block.notes, *_notes(layer, arch, chosen, assumed), *_agreement(block, gpu)),
         samples=_samples(layer, found, reference_name),
     )
 
@@ -204,32 +188,16 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _chosen(recipes: Sequence[str | Recipe] | None, reference: str | Recipe, arch: str) -> list[Recipe]:
-    wanted = [named_recipes.get(one) for one in (named_recipes.RECIPES if recipes is None else recipes)]
+def _chosen(recipes: Sequence[str | Recipe] | None, reference: str | Recipe, arch: str, quantised: bool) -> list[Recipe]:
+    wanted = [named_recipes.get(one) for one in (_all_named(quantised) if recipes is None else recipes)]
     first = named_recipes.get(reference)
     ordered = [first] + [one for one in wanted if one.name != first.name]
     return [one.on(arch) for one in {one.name: one for one in ordered}.values()]
 
 
-def _compare(value: np.ndarray, expected: np.ndarray, truth: np.ndarray) -> Stage:
-    a, b = _as_bf16(value), _as_bf16(expected)
-    wide = value.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
-        error = np.abs(wide - truth.reshape(wide.shape))
-    return Stage(
-        outputs=a.size,
-        mismatches=int(np.count_nonzero(to_bits(a) != to_bits(b))),
-        max_abs_diff=float(difference.max(initial=0.0)),
-        max_ulp_diff=int(ulp_distance(a, b).max(initial=0)),
-        max_abs_error=float(error.max(initial=0.0)),
-        rms_error=float(np.sqrt(np.mean(error * error))) if error.size else 0.0,
-        max_ulp_error=int(ulp_distance(a, oracle.rounded(truth).reshape(a.shape)).max(initial=0)),
-    )
-
-
-def _as_bf16(value: np.ndarray) -> np.ndarray:
-    return nearest(value) if value.dtype == np.float32 else value
+def _all_named(quantised: bool) -> list[str]:
+    """Without those that are another one as long as no weight is quantised."""
+    return [name for name in named_recipes.RECIPES if quantised or name not in named_recipes.QUANTISED_ONLY]
 
 
 def _amplification(stages: dict[str, Stage]) -> float | None:
@@ -250,7 +218,7 @@ def _options(
         if name not in found or "torch" not in found:
             continue
         path, truth = found["torch"], truths[recipes[name].norm.weight_offset]
-        stages = {stage: _compare(found[name][stage], path[stage], truth[stage]) for stage in path}
+        stages = {stage: compare(found[name][stage], path[stage], truth[stage]) for stage in path}
         equal = all(stage.mismatches == 0 for stage in stages.values())
         if "one call" in title:
             last = [next(path[stage] for stage in order if stage in path) for order in qkv.LAST_STAGES]
@@ -304,9 +272,9 @@ def _notes(layer: AttentionLayer, arch: str, recipes: list[Recipe], assumed: lis
 def _samples(layer: AttentionLayer, found: dict[str, dict[str, np.ndarray]], reference: str) -> dict[str, np.ndarray]:
     if layer.k_norm is None:
         return {}
-    expected = _as_bf16(found[reference]["k_normed"]).astype(np.float32)
+    expected = as_bfloat16(found[reference]["k_normed"]).astype(np.float32)
     samples = {"k_norm_weight": layer.k_norm.astype(np.float32)}
     for name, stages in found.items():
-        difference = np.abs(_as_bf16(stages["k_normed"]).astype(np.float32) - expected)
+        difference = np.abs(as_bfloat16(stages["k_normed"]).astype(np.float32) - expected)
         samples[name] = difference.max(axis=(0, 1))
     return samples

@@ -1,21 +1,24 @@
 """A report as two pictures: the error along the stages, and the difference against the K-norm weight."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cufuse.report import Report
+from cufuse.report_quantised import Row
 
 _MARKERS = "os^vD<>Phx*+"
 _FLOOR = 1e-12  # a logarithmic axis has no zero
 
 
 def plot(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write both pictures into one file; its ending (.png, .svg, .pdf) decides the format.
+    """Write the pictures into one file; its ending (.png, .svg, .pdf) decides the format.
 
     Left: root-mean-square error against the float64 oracle, stage by stage. Right: for every channel of a head its largest
-    difference from the reference after the K norm, against the channel's K-norm weight.
+    difference from the reference after the K norm, against the channel's K-norm weight. A third where the report has
+    quantised projections: the error of the last stage against the bits of a weight.
     Raises ImportError, naming the extra, without matplotlib; OSError and ValueError as matplotlib does for the file.
     """
     figure = draw(report)
@@ -32,8 +35,9 @@ def check_target(path: str | os.PathLike[str]) -> None:
 
 def draw(report: Report) -> Any:
     """The pictures as a matplotlib Figure, for notebooks."""
-    figure = _figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = 3 if report.quantisation else 2
+    figure = _figure(figsize=(6.5 * panels, 5.2), layout="constrained")
+    left, right, *third = figure.subplots(1, panels)
     stages = list(report.recipes[report.reference].stages)
     groups = _alike(report, stages)
     # grey levels and markers, so that it reads without colour
@@ -51,12 +55,32 @@ def draw(report: Report) -> Any:
     left.tick_params(axis="x", rotation=35)
     right.set(xscale="log", yscale="log", xlabel="|K-norm weight| of the channel")
     right.set(ylabel=f"largest |k_normed - {report.reference}|", title="What the K norm makes of a rounding")
-    for axes in (left, right):
+    if third:
+        _draw_quantisation(third[0], report.quantisation)
+    for axes in (left, right, *third):
         axes.grid(True, which="major", color="0.9")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.suptitle(f"{report.model}, layer {report.layer}, {report.tokens} tokens, {report.arch}", fontsize=11)
     return figure
+
+
+def _draw_quantisation(axes: Any, rows: Sequence[Row]) -> None:
+    """Error of the last stage against the bits of a weight, a line for each recipe; the counter-example apart."""
+    stage = list(rows[0].stages)[-1]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.recipe if row.norms == "kept" else f"{row.recipe}, norm weights quantised too", []).append(row)
+    shades = np.linspace(0.0, 0.6, len(groups))
+    for number, (label, points) in enumerate(groups.items()):
+        ordered = sorted(points, key=lambda row: row.bits)
+        errors = [max(row.stages[stage].rms_error, _FLOOR) for row in ordered]
+        style = {"color": str(shades[number]), "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        axes.plot([row.bits for row in ordered], errors, linewidth=1, label=label, **style)
+    for row in {row.weights: row for row in rows}.values():
+        axes.annotate(row.weights, (row.bits, row.stages[stage].rms_error), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set(yscale="log", xlabel="bits a weight of the projections", ylabel=f"RMS error of {stage}, against unquantised weights")
+    axes.set(title="What quantising costs")
 
 
 def _figure(**options: Any) -> Any:

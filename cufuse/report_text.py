@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cufuse.report import RecipeResult, Report, Stage
+from cufuse.report import RecipeResult, Report
+from cufuse.report_quantised import print_rows
+from cufuse.report_stages import Stage
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -26,6 +28,8 @@ def print_report(report: Report, console: Console) -> None:
     explained = _most_telling(report)
     if explained is not None:
         _print_worst(report, explained, console)
+    if report.quantisation:
+        print_rows(report.quantisation, console)
 
 
 def print_layers(reports: Sequence[Report], console: Console) -> None:

@@ -16,6 +16,7 @@
 // BOX_STORE 0: every thread stores its own values, bfloat16 or float32.
 #include "wgmma.cuh"
 #include "outputs.cuh"
+#include "ring.cuh"
 
 constexpr int TILE_M = 64 * CONSUMERS, LINE = 64;  // k in a line of 128 bytes
 constexpr int LINES = TILE_K / LINE;
@@ -103,18 +104,6 @@ struct Ring {
           stage_bytes(LINES * (x_line_bytes + WEIGHT_LINE_BYTES)), depth(a.depth) {}
     __device__ __forceinline__ u32 x(int slot, int line) const { return first + slot * stage_bytes + line * x_line_bytes; }
     __device__ __forceinline__ u32 weight(int slot, int line) const { return x(slot, LINES) + line * WEIGHT_LINE_BYTES; }
-};
-
-struct Place {
-    int slot;
-    u32 parity;
-
-    __device__ __forceinline__ void advance(int depth) {
-        if (++slot == depth) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
 };
 
 // What the copy engine is asked for.

@@ -1,6 +1,7 @@
 """pytest plugin: what the last full run of the tests on a GPU compared, and from which sources, in tests/gpu_record.json.
 
-``python3 -m pytest -m gpu`` writes the record where a GPU is, nothing failed and nothing was skipped. Everywhere else the end of
+``python3 -m pytest -m gpu`` writes the record where a GPU is, nothing failed and nothing was skipped; so does
+``python3 -m tests.gpu_run``, which runs the same tests in several processes. Everywhere else the end of
 a test run says how old the record is; tests/test_gpu_record.py fails once kernels or launch sources are no longer those that
 ran. ``python3 -m tests.gpu_record --sanitizer memcheck LOG`` adds the summary that a log of compute-sanitizer ends with.
 """
@@ -10,6 +11,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -34,6 +36,9 @@ SOURCES = (
     "cufuse/emulation/sums_kernel.py",
 )
 """What decides which machine code runs on a GPU, and with which arguments."""
+
+PART_VARIABLE = "CUFUSE_GPU_PART"
+"""A file for the result of a run of one module, from which tests.gpu_run puts the record together."""
 
 RENEW = "run python3 -m pytest -m gpu on a machine with an NVIDIA GPU, PyTorch and transformers, and commit tests/gpu_record.json"
 
@@ -106,7 +111,12 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == 0 and self.is_clean() and is_full_run(session.config):
+        part = os.environ.get(PART_VARIABLE)
+        if part is not None:
+            clean = exitstatus == 0 and self.is_clean()
+            found = {"clean": clean, "source_sha256": source_hash(), "tests": self.counts, "outputs": outputs_compared()}
+            Path(part).write_text(json.dumps(found), encoding="utf-8")
+        elif exitstatus == 0 and self.is_clean() and is_full_run(session.config):
             write(self.counts, outputs_compared(), time.monotonic() - self.started)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -222,17 +222,27 @@ def demand_cases(area: str, cases: Iterable[Case]) -> None:
 def rehearse(calls: Iterable[Callable[[], Any]]) -> None:
     """Compile what the calls would launch, on all cores: they are made once, with launches that do nothing."""
     launch.kernels()  # imports every module that launches
-    modules = [module for name, module in sys.modules.items() if name.startswith("cufuse.") and hasattr(module, "_plans")]
+    ours = [module for name, module in sys.modules.items() if name.startswith("cufuse.")]
+    prepared = [(module, cache) for module in ours for cache in ("_plans", "_calls") if hasattr(module, cache)]
     found: list[Kernel] = []
 
-    def prepare(kernel: Kernel, *_: Any, **__: Any) -> Callable[[bytes], None]:
+    class Nothing:
+        """A launch.Prepared that launches nothing."""
+
+        def __call__(self, arguments: bytes) -> None:
+            pass
+
+        def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
+            return lambda: 0
+
+    def prepare(kernel: Kernel, *_: Any, **__: Any) -> Nothing:
         found.append(kernel)
-        return lambda _: None
+        return Nothing()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "prepare", prepare)
-        for module in modules:
-            patch.setattr(module, "_plans", {})
+        for module, cache in prepared:
+            patch.setattr(module, cache, {})
         for call in calls:
             call()
     wanted = list(dict.fromkeys(found))

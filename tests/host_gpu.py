@@ -125,7 +125,7 @@ class HostGpu:
         programmatic: bool = False,
     ) -> Any:
         """As launch.prepare; kernels that take a tensor core or the copy engine go to the machine that has them."""
-        if self.tensor_cores is not None and kernel.source.startswith(("linear_", "rms_norm_linear")):
+        if self.tensor_cores is not None and kernel.source.startswith(("linear_", "rms_norm_linear", "quantised_")):
             return self.tensor_cores.prepare(
                 kernel, device, grid, threads=threads, smem=smem, cluster=cluster, programmatic=programmatic
             )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import cufuse
 from cufuse import bf16
+from tests.totals import count
 from tests.witnesses import bf16_neighbours, bits, demand_bits, from_codes, round_to_bf16_codes
 
 MODES = ("nearest_even", "nearest_away", "toward_zero", "up", "down")
@@ -22,6 +23,7 @@ def demand_rounded(x: np.ndarray) -> None:
     for value, negative, codes in zip(x.tolist(), np.signbit(x).tolist(), found, strict=True):
         expected = round_to_bf16_codes(Fraction(abs(value)), negative)
         assert codes == list(expected.values()), f"{value!r} ({value.hex()}) gives {codes}, expected {expected}"
+    count(f"casts of {x.dtype} against rational numbers", inputs=x.size, outputs=x.size * len(MODES))
 
 
 def all_places(tails: list[int]) -> np.ndarray:

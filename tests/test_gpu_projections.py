@@ -82,8 +82,8 @@ STEPS_OF_8 = (
 KNOWN_DIFFERENT: dict[tuple[int, int], dict[int, str]] = {
     (1001, 33): {1: DOT, 8: SMALL, 16: SMALL, **dict.fromkeys((2, 4, 32, 64, 128, 256, 777, 2048, 4096), STEPS_OF_8)},
     (4096, 33): {1: DOT, 8: SMALL, 16: SMALL, **dict.fromkeys((2, 4, 32, 64, 128, 256, 777, 2048, 4096), STEPS_OF_8)},
-    (4096, 1): {1: DOT, **dict.fromkeys((777, 2048, 4096), VECTOR)},
-    (1000, 1): {1: DOT, **dict.fromkeys((777, 2048, 4096), VECTOR)},
+    (4096, 1): {**dict.fromkeys((1, 2, 4), DOT), 777: VECTOR},
+    (1000, 1): {**dict.fromkeys((1, 2, 4), DOT), 777: VECTOR},
     (7, 5): dict.fromkeys((8, 16), SMALL),
 }
 """(K, N) -> M -> why F.linear has other bits there. One that has come to be equal fails too."""

@@ -1,152 +1,24 @@
-"""``rms_norm_qkv`` on a GPU: bits of transformers' Qwen3 modules and of the emulation."""
+"""``rms_norm_qkv`` on a GPU, how it is called: what may be left out, where outputs may lie, slots of a cache, allocations.
+
+Its bits at the sizes of Qwen3 are in test_gpu_block.py.
+"""
 
 import itertools
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cufuse
+from cufuse.bench_timing import allocated
 from cufuse.bf16 import bfloat16
 from tests import gpu_support
 from tests.golden import inputs
-from tests.gpu_support import EPS, Case, Guarded, against_numpy, demand_cases, demand_same, to_gpu, values
+from tests.gpu_support import Guarded, against_numpy, codes, demand_cases, demand_same, rehearse, to_gpu
+from tests.qwen3_block import HEAD, MODELS, tables
 
 pytestmark = gpu_support.MARKS
-
-HEAD = 128
-ROWS = (1, 2, 3, 8, 16, 17, 64, 130, 512, 2048)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The projections of a Qwen3: hidden size, query heads; eight key and value heads of 128 in all of them."""
-
-    name: str
-    hidden: int
-    heads: int
-    kv_heads: int = 8
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        return self.heads * HEAD, self.kv_heads * HEAD, self.kv_heads * HEAD
-
-    @cached_property
-    def host(self) -> dict[str, np.ndarray]:
-        """norm, qkv, q_norm and k_norm weights; a key norm's weight is 96.5."""
-        return {
-            "norm": inputs.norm_weight(self.hidden, 1, 8.0),
-            "qkv": inputs.bell((sum(self.rows), self.hidden), 2, 0.03),
-            "q_norm": inputs.norm_weight(HEAD, 3, 6.0),
-            "k_norm": inputs.norm_weight(HEAD, 4, 96.5),
-        }
-
-    def split(self, packed: Any) -> tuple[Any, Any, Any]:
-        """Hugging Face's three weights, as parts of the packed one."""
-        q, k, _ = self.rows
-        return packed[:q], packed[q : q + k], packed[q + k :]
-
-
-MODELS = {
-    model.name: model
-    for model in (
-        Model("0.6B", 1024, 16),
-        Model("1.7B", 2048, 16),
-        Model("4B", 2560, 32),
-        Model("8B", 4096, 32),
-        Model("14B", 5120, 40),
-        Model("32B", 5120, 64),
-    )
-}
-
-
-class Peer:
-    """The front of transformers' Qwen3 attention, eager: norm, projections, head norms, rotation."""
-
-    def __init__(self, weights: dict[str, Any], model: Model) -> None:
-        torch = gpu_support.torch()
-        self.model = model
-        self.weights = {name: gpu_support.to_torch(weight) for name, weight in weights.items()}
-        self.norms = {}
-        for name in ("norm", "q_norm", "k_norm"):
-            norm = gpu_support.qwen3().Qwen3RMSNorm(len(weights[name]), eps=EPS).to("cuda")
-            norm.weight = torch.nn.Parameter(self.weights[name], requires_grad=False)
-            self.norms[name] = norm
-
-    def __call__(self, packed: bool, x: Any, cos: Any, sin: Any, residual: Any = None) -> tuple[Any, ...]:
-        torch = gpu_support.torch()
-        linear = torch.nn.functional.linear
-        with torch.no_grad():
-            tensors = [gpu_support.to_torch(array)[None] for array in (x, cos, sin)]
-            total = tensors[0] if residual is None else gpu_support.to_torch(residual)[None] + tensors[0]
-            y = self.norms["norm"](total)
-            if packed:
-                projected = linear(y, self.weights["qkv"]).split(self.model.rows, dim=-1)
-            else:
-                projected = [linear(y, weight) for weight in self.model.split(self.weights["qkv"])]
-            q, k, v = (one.reshape(1, len(x), -1, HEAD) for one in projected)
-            q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
-            rotated = gpu_support.qwen3().apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *tensors[1:])
-            found = [one.transpose(1, 2)[0] for one in rotated] + [v[0]] + ([] if residual is None else [total[0]])
-            return tuple(gpu_support.from_torch(one.contiguous()) for one in found)
-
-
-@pytest.mark.parametrize("form", ["separate", "packed"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_hugging_face(model: Model, form: str) -> None:
-    weights = {name: to_gpu(weight) for name, weight in model.host.items()}
-    peer = partial(Peer(weights, model), form == "packed")
-    qkv = weights["qkv"] if form == "packed" else model.split(weights["qkv"])
-    block = partial(cufuse.rms_norm_qkv, eps=EPS, heads=model.heads)
-    cases = []
-    for count in ROWS:
-        x, residual = values((count, model.hidden), count), values((count, model.hidden), count + 1, scale=3.0)
-        cos, sin = map(to_gpu, cufuse.rope_tables(np.arange(1000, 1000 + count), HEAD))
-        given = (x, weights["norm"], qkv, weights["q_norm"], weights["k_norm"])
-        call = partial(block, *given, cos=cos, sin=sin)
-        cases.append(Case(f"{model.name}, {form}, {count} tokens", call, partial(peer, x, cos, sin)))
-        if count in (1, 17, 512):
-            what = f"{model.name}, {form}, {count} tokens, residual"
-            call = partial(block, *given, cos=cos, sin=sin, residual=residual)
-            cases.append(Case(what, call, partial(peer, x, cos, sin, residual)))
-    demand_cases(f"block, Hugging Face, {form}", cases)
-
-
-@pytest.mark.parametrize("name", cufuse.recipes)
-def test_every_recipe_against_the_emulation(name: str) -> None:
-    recipe, model = cufuse.recipes[name], MODELS["0.6B"]
-    host = model.host
-    cases = []
-    for count, packed, residual in itertools.product((1, 3, 16), (True, False), (True, False)):
-        x = inputs.heavy((count, model.hidden), count)
-        dtype = np.float32 if recipe.rope.tables == "float32" else bfloat16
-        cos, sin = cufuse.rope_tables(np.arange(1000, 1000 + count), HEAD, dtype=dtype)
-        options: dict[str, Any] = {"cos": cos, "sin": sin, "heads": model.heads, "recipe": recipe, "eps": EPS}
-        if residual:
-            options["residual"] = inputs.heavy((count, model.hidden), count + 1, 3.0)
-        qkv = host["qkv"] if packed else model.split(host["qkv"])
-        what = f"{name}, {count} tokens, {'packed' if packed else 'separate'}{', residual' if residual else ''}"
-        given = (x, host["norm"], qkv, host["q_norm"], host["k_norm"])
-        cases.append(against_numpy(what, cufuse.rms_norm_qkv, *given, **options))
-    demand_cases("block, emulation", cases)
-
-
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
-def test_4b_against_the_emulation(packed: bool) -> None:
-    model = MODELS["4B"]
-    host, cases = model.host, []
-    for name, count in itertools.product(("torch", "late-rounding"), (1, 3, 16)):
-        dtype = np.float32 if name == "late-rounding" else bfloat16
-        cos, sin = cufuse.rope_tables(np.arange(count), HEAD, dtype=dtype)
-        qkv = host["qkv"] if packed else model.split(host["qkv"])
-        given = (inputs.heavy((count, model.hidden), count), host["norm"], qkv, host["q_norm"], host["k_norm"])
-        block = partial(cufuse.rms_norm_qkv, cos=cos, sin=sin, heads=model.heads, recipe=name)
-        on_gpu = partial(cufuse.rms_norm_qkv, cos=to_gpu(cos), sin=to_gpu(sin), heads=model.heads, recipe=name)
-        what = f"4B, {name}, {count} tokens"
-        cases.append(Case(what, partial(on_gpu, *map(to_gpu, given)), partial(block, *given)))
-    demand_cases("block, emulation", cases)
 
 
 def small(leading: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -204,3 +76,103 @@ def test_outputs_in_one_buffer_and_replayed(packed: bool) -> None:
     guard.demand_intact("block")
     with pytest.raises(ValueError, match=r"out\[3\] overlaps residual in memory"):
         cufuse.rms_norm_qkv(*on_gpu, **named, out=(None, None, None, named["residual"]))
+
+
+@pytest.mark.parametrize("size", ["0.6B", "4B", "14B"])
+def test_views_at_the_sizes_of_a_model(size: str) -> None:
+    """q, k and v side by side in rows that are longer, as vLLM has them; x as part of longer rows; all in a batch of two."""
+    gpu, model = gpu_support.cupy(), MODELS[size]
+    ends = (0, model.heads, model.heads + model.kv_heads, model.heads + 2 * model.kv_heads)
+    for count in (1, 3, 16, 64, 300):
+        x = model.tokens(2 * count).reshape(2, count, model.hidden)
+        padded = gpu.zeros((2, count, model.hidden + 64), np.uint16)
+        padded[..., : model.hidden] = codes(x)
+        inside = padded.view(bfloat16)[..., : model.hidden]
+        rotation = {name: table.reshape(2, count, HEAD) for name, table in tables(2 * count).items()}
+        plain = cufuse.rms_norm_qkv(*model.given(x), **rotation, heads=model.heads)
+        buffer = gpu.full((2, count, ends[-1] + 1, HEAD), 0xFFFF, np.uint16)
+        outs = tuple(buffer.view(bfloat16)[:, :, first:last] for first, last in itertools.pairwise(ends))
+        found = cufuse.rms_norm_qkv(*model.given(inside), **rotation, heads=model.heads, out=outs)
+        for name, one, other in zip("qkv", found, plain, strict=True):
+            demand_same("block, layouts", one, other, f"{size}, 2 x {count} tokens, {name} inside longer rows")
+        assert bool((buffer[:, :, ends[-1]] == 0xFFFF).all()), f"{size}, {count} tokens: written beside the outputs"
+    model.forget()
+
+
+SLOT_CASES = [("torch", 1, True), ("torch", 5, True), ("torch", 64, False), ("torch", 300, True), ("batch-invariant", 17, True),
+              ("late-rounding", 9, True), ("float32", 9, False), ("separate-k-norm", 20, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count", "packed"), SLOT_CASES)
+def test_slots_of_a_cache(name: str, count: int, packed: bool) -> None:
+    """Keys and values go to their rows of a paged cache, padding nowhere; a graph follows the slots that are written for it."""
+    gpu, model, recipe = gpu_support.cupy(), MODELS["0.6B"], cufuse.recipes[name]
+    dtype = np.dtype(bfloat16 if recipe.round_output or recipe.gemm.output == "bfloat16" else np.float32)
+    x, rotation = model.tokens(count), tables(count, dtype=np.float32 if recipe.rope.tables == "float32" else bfloat16)
+    call = partial(
+        cufuse.rms_norm_qkv, *model.given(x, "packed" if packed else "separate"), **rotation, heads=model.heads, recipe=name
+    )
+    plain = call()
+    size = count + 40
+    caches = gpu.empty((size, 2, model.kv_heads, HEAD), dtype)  # k and v of a slot side by side
+    q = gpu.empty(plain[0].shape, dtype)
+    random = np.random.default_rng(count)
+    slots = gpu.zeros(count, np.int64)
+
+    def demand_stored(places: np.ndarray, what: str) -> None:
+        demand_same("block, cache slots", q, plain[0], f"{name}, {count} tokens, {what}, q")
+        stored = np.flatnonzero((places >= 0) & (places < size))
+        untouched = np.setdiff1d(np.arange(size), places[stored])
+        for index, value in enumerate(plain[1:]):
+            kept = codes(caches)[:, index]
+            pair = kept[gpu.asarray(places[stored])], codes(value)[gpu.asarray(stored)]
+            demand_same("block, cache slots", *pair, f"{name}, {count} tokens, {what}, {'kv'[index]}")
+            beside = kept[gpu.asarray(untouched)] == np.iinfo(kept.dtype).max
+            assert bool(beside.all()), f"{what}: a slot that belongs to no token was written"
+
+    def places() -> np.ndarray:
+        found = random.permutation(size)[:count].astype(np.int64)
+        found[random.random(count) < 0.2] = -1
+        if count > 4:
+            found[2] = size + 3
+        return found
+
+    def prepare(chosen: np.ndarray) -> None:
+        codes(caches)[...] = np.iinfo(codes(caches).dtype).max
+        codes(q)[...] = np.iinfo(codes(q).dtype).max
+        slots[...] = gpu.asarray(chosen)
+        gpu.cuda.Device().synchronize()
+
+    into = partial(call, cache_slots=slots, out=(q, caches[:, 0], caches[:, 1]))
+    for turn in range(3):
+        prepare(chosen := places())
+        into()
+        demand_stored(chosen, f"turn {turn}")
+    graph, stream = gpu_support.captured(into)
+    for turn in range(3):
+        prepare(chosen := places())
+        graph.launch(stream)
+        stream.synchronize()
+        demand_stored(chosen, f"replay {turn}")
+    if count == 64:
+        model.forget()
+
+
+@pytest.mark.parametrize("recipe", ["torch", "batch-invariant", "late-rounding", "float32", "separate-k-norm"])
+@pytest.mark.parametrize("size", MODELS)
+def test_nothing_is_allocated_with_out(size: str, recipe: str) -> None:
+    """Neither kept nor given back: CuPy's memory pool is not asked at all once a call of the kind has been made."""
+    gpu, model, numerics = gpu_support.cupy(), MODELS[size], cufuse.recipes[recipe]
+    rotated = np.float32 if numerics.rope.tables == "float32" else bfloat16
+    calls = {}
+    for count, form, residual in itertools.product((1, 16, 64, 256, 2048), ("packed", "separate"), (False, True)):
+        if recipe not in ("torch", "batch-invariant") and count > 64:
+            continue
+        x, added = model.tokens(count), model.tokens(count, 1) if residual else None
+        options = {"heads": model.heads, "recipe": recipe, "residual": added, **tables(count, dtype=rotated)}
+        calls[count, form, residual] = partial(cufuse.rms_norm_qkv, *model.given(x, form), **options)
+    rehearse(calls.values())
+    outs = {what: tuple(map(gpu.empty_like, call())) for what, call in calls.items()}
+    asked = {what: allocated(partial(call, out=outs[what])) for what, call in calls.items()}
+    assert not any(asked.values()), {what: number for what, number in asked.items() if number}
+    model.forget()

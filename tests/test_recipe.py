@@ -15,7 +15,7 @@ from tests.witnesses import bits, demand_bits, random_bf16, without_rounding
 
 NAMES = (
     "torch", "torch-rms-norm", "float32", "late-rounding", "separate-k-norm", "llama.cpp", "vllm-0.19", "vllm-0.20", "flashinfer",
-    "gemma", "nano-vllm", "batch-invariant",
+    "gemma", "nano-vllm", "batch-invariant", "block-scaled", "llama.cpp-q8_1",
 )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_recipes_do_not_change() -> None:
             setattr(owner, field, "x")
     with pytest.raises(TypeError):
         cufuse.recipes["torch"] = torch
-    assert len({hash(recipe) for recipe in cufuse.recipes.values()}) == 12
+    assert len({hash(recipe) for recipe in cufuse.recipes.values()}) == 14
     for twin in (copy.deepcopy(torch), pickle.loads(pickle.dumps(torch)), dataclasses.replace(torch)):
         assert twin == torch
         assert twin.__doc__ == torch.__doc__

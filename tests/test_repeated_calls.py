@@ -117,3 +117,17 @@ def test_round_to_bf16_after_a_good_call_refuses_what_it_refused_before(gpu: Hos
         cufuse.round_to_bf16(x, out=out[:2])
     with pytest.raises(ValueError, match="x is on device 0, out is on device 1"):
         cufuse.round_to_bf16(x, out=Array(out.host, 1))
+
+
+def test_round_to_bf16_refuses_an_overlapping_out(gpu: HostGpu) -> None:
+    """A first call and one like an earlier one, an input's own memory and the random bits'."""
+    memory = np.zeros(64, np.float32)
+    x, apart = Array(memory[:16]), Array(np.zeros(16, bfloat16))
+    inside = Array(memory.view(bfloat16)[8:24])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="out overlaps x in memory; give an array of its own"):
+            cufuse.round_to_bf16(x, out=inside)
+        cufuse.round_to_bf16(x, out=apart)
+    bits = Array(apart.host.view(np.uint16))
+    with pytest.raises(ValueError, match="out overlaps random_bits in memory"):
+        cufuse.round_to_bf16(x, mode="stochastic", random_bits=bits, out=apart)

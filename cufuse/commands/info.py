@@ -62,6 +62,8 @@ def _gpu() -> str:
         count = launch.device_count()
     except launch.NoGpuError as error:
         return f"none: {error}"
+    except OSError as error:  # CuPy makes the folder of its own cache while it is imported
+        return f"unknown: CuPy cannot be imported ({error}); set CUPY_CACHE_DIR to a folder that can be written to"
     return "; ".join(launch.device_name(device) for device in range(count))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -17,9 +18,12 @@ from cufuse import named_recipes
 from cufuse.checkpoint import QWEN3, AttentionLayer, Checkpoint, CheckpointError, open_checkpoint
 from cufuse.commands.progress import progress_bar
 from cufuse.emulation.tensor_core import TENSOR_CORES
+from cufuse.quantised import FORMATS, formats, open_gguf
+from cufuse.quantised.gguf_checkpoint import GgufCheckpoint
 from cufuse.report import SCHEMA, Report, analyse
 from cufuse.report_inputs import hidden_states_from_file, made_up_hidden_states, random_token_ids
 from cufuse.report_plot import check_target, plot
+from cufuse.report_quantised import rows
 from cufuse.report_text import print_layers, print_report
 from cufuse.synthetic import synthetic_embedding, synthetic_layer
 
@@ -36,7 +40,7 @@ def add(commands: Any) -> None:
         "embedding of the token ids; a later layer's is made up unless --hidden-states gives it.",
         epilog="Exit codes: 0 done, 2 wrong usage or input.",
     )
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="Hugging Face folder or .safetensors file")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="Hugging Face folder, .safetensors file, or .gguf file")
     parser.add_argument("--model", choices=list(QWEN3), default="qwen3-0.6b", help="without a checkpoint (default: %(default)s)")
     parser.add_argument("--layer", default="0", help="a layer's number, or all (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
@@ -54,6 +58,11 @@ def add(commands: Any) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--separate", dest="separate", action="store_true", default=True, help="q, k, v apart (default)")
     form.add_argument("--packed", dest="separate", action="store_false", help="q, k, v as one packed projection")
+    parser.add_argument(
+        "--quantise",
+        metavar="F",
+        help=f"also what quantising the projections costs, beside the roundings: {', '.join(FORMATS).lower()}, with commas, or all",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of synthetic weights, tokens, inputs (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the report as JSON, schema 1 (- for standard output)")
     parser.add_argument("--plot", type=Path, metavar="F", help="draw error and amplification (.png, .svg, .pdf)")
@@ -66,6 +75,7 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("--recipes names none; leave it out for all")
     for name in [*(names or []), given.reference]:
         named_recipes.get(name)
+    kinds = _formats(given)
     if given.seed < 0:
         raise ValueError(f"--seed is {given.seed}; needed is an integer >= 0")
     source = _Synthetic(given) if given.checkpoint is None else _FromFile(given)
@@ -85,19 +95,21 @@ def _run(given: argparse.Namespace) -> None:
             def progress(text: str, done: float, number: int = number, index: int = index) -> None:
                 show(f"layer {index}: {text}", (number + done) / len(layers))
 
-            reports.append(
-                analyse(
-                    layer,
-                    states,
-                    recipes=names,
-                    reference=given.reference,
-                    arch=given.arch,
-                    separate=given.separate,
-                    device=given.device,
-                    notes=(note,) if note else (),
-                    progress=progress,
-                )
+            report = analyse(
+                layer,
+                states,
+                recipes=names,
+                reference=given.reference,
+                arch=given.arch,
+                separate=given.separate,
+                device=given.device,
+                notes=(note,) if note else (),
+                progress=progress,
             )
+            if kinds:
+                table = rows(layer, states, kinds, arch=given.arch, separate=given.separate, progress=progress)
+                report = dataclasses.replace(report, quantisation=tuple(table))
+            reports.append(report)
     _write(given, reports)
 
 
@@ -154,7 +166,11 @@ class _FromFile:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.checkpoint: Checkpoint = open_checkpoint(given.checkpoint)
+        self.checkpoint: Checkpoint | GgufCheckpoint
+        if given.checkpoint.suffix == ".gguf":
+            self.checkpoint = open_gguf(given.checkpoint)
+        else:
+            self.checkpoint = open_checkpoint(given.checkpoint)
 
     def chosen_layers(self) -> list[int]:
         return _layers(self.given.layer, self.checkpoint.layers)
@@ -164,6 +180,17 @@ class _FromFile:
 
     def hidden_states(self, layer: AttentionLayer, several: bool) -> tuple[np.ndarray, str]:
         return _hidden_states(self.given, layer, several, self.checkpoint.embedding)
+
+
+def _formats(given: argparse.Namespace) -> list[str]:
+    """The formats of --quantise."""
+    if given.quantise is None:
+        return []
+    if given.checkpoint is not None and given.checkpoint.suffix == ".gguf":
+        raise ValueError("--quantise is for unquantised weights; the .gguf file's are quantised already: leave it out")
+    if given.quantise == "all":
+        return list(FORMATS)
+    return [formats.get(name.strip()).name for name in given.quantise.split(",") if name.strip()]
 
 
 def _layers(wanted: str, available: Any) -> list[int]:

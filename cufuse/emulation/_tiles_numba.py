@@ -15,11 +15,25 @@ from cufuse.emulation._tiles import HIGHEST, LOWEST, NO_PRODUCT, ZERO, Float32, 
 
 
 def _compiled(function: Callable[..., int]) -> Callable[..., int]:
-    """Compile without holding the GIL, and keep the machine code on disk where there is a place to write to."""
+    """Compile without holding the GIL, and keep the machine code on disk where there is a place to write to.
+
+    A full disk or a damaged file of that cache costs a compilation in this process, not the result.
+    """
+    compiled: Callable[..., int]
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        compiled = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         return numba.njit(nogil=True)(function)
+
+    def call(*arguments: Any) -> int:
+        nonlocal compiled
+        try:
+            return compiled(*arguments)
+        except Exception:  # the function raises nothing, and reading or writing the cache comes before it begins
+            compiled = numba.njit(nogil=True)(function)
+            return compiled(*arguments)
+
+    return call
 
 
 @_compiled

@@ -1,0 +1,153 @@
+"""Results of ``cufuse bench`` as a terminal shows them: times, ratios, differing bits, what is absent and why."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cufuse.bench_results import (
+    COLUMNS,
+    COMPILE,
+    CUFUSE,
+    EAGER,
+    F_RMS_NORM,
+    GEMM,
+    LIGER,
+    MEASURED_AGAINST_NOTHING,
+    RATIOS,
+    SEPARATE,
+    STATIC,
+    Cell,
+    Results,
+)
+
+WIDTH = 100
+"""Columns of text that the tables need at the most."""
+
+_TITLES = {
+    GEMM: "cuBLAS", CUFUSE: "cufuse", STATIC: "static", COMPILE: "compile", LIGER: "Liger", F_RMS_NORM: "F.rms",
+    EAGER: "eager", SEPARATE: "apart", "floor": "floor",
+}  # fmt: skip
+
+
+def print_results(results: Results, console: Console) -> None:
+    """The three tables and everything that has to be said beside them."""
+    device = results.device
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    console.print(f"{escape(str(device.get('name')))}, driver {device.get('driver')}; {results.date}", highlight=False)
+    console.print(escape(versions), style="dim", highlight=False)
+    if not results.complete:
+        console.print("[bold]The run was not completed: this is what was measured before it ended.[/bold]", highlight=False)
+    if results.cells:
+        for title, table in (_times(results), _ratios(results), _bits(results)):
+            console.print(f"\n[bold]{title}[/bold]", highlight=False)
+            console.print(table)
+        for line in bits(results):
+            console.print(line, highlight=False)
+    shown = _columns(results)
+    for name in shown:
+        console.print(f"[bold]{_TITLES[name]}[/bold]: {escape(COLUMNS[name])}.", highlight=False)
+    for reason, names in groupby(sorted(results.absent, key=results.absent.__getitem__), key=results.absent.__getitem__):
+        console.print(f"[bold]{', '.join(map(_TITLES.__getitem__, names))}[/bold] absent: {escape(reason)}.", highlight=False)
+    for line in (*_skipped(results), *results.notes):
+        console.print(f"Note: {escape(line)}.", highlight=False)
+    for line in results.failures():
+        console.print(f"[bold]Failed:[/bold] {escape(line)}", highlight=False)
+
+
+def bits(results: Results) -> list[str]:
+    """In one line a column of cufuse: in how many cells its bits are those of what it was compared with."""
+    lines = []
+    for name in (CUFUSE, STATIC):
+        found = [(cell, cell.columns[name]) for cell in results.cells if name in cell.columns]
+        compared = [(cell, one) for cell, one in found if one.differing is not None]
+        if not compared:
+            continue
+        total = sum(one.outputs for _, one in compared)
+        wrong = [f"{cell.model} at {cell.tokens}" for cell, one in compared if one.differing]
+        against = " and ".join(sorted({str(one.against) for _, one in compared}))
+        number = sum(one.differing or 0 for _, one in compared)
+        text = f"{_TITLES[name]}: {number:,} of {total:,} outputs differ from {against}"
+        if wrong:
+            text = f"[bold]{text}: {', '.join(wrong)}[/bold]"
+        missing = len(results.cells) - len(compared)
+        lines.append(text + (f"; {missing} cells not compared." if missing else "."))
+    return lines
+
+
+def _columns(results: Results) -> list[str]:
+    """Those of which some cell has a time."""
+    return [name for name in COLUMNS if any(cell.time(name) is not None for cell in results.cells)]
+
+
+def _table(results: Results, columns: list[tuple[str, Callable[[Cell], str]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for title in ("M", *(title for title, _ in columns)):
+        table.add_column(title, justify="right", no_wrap=True)
+    for _, cells in groupby(results.cells, key=lambda cell: cell.model):
+        for number, cell in enumerate(cells):
+            table.add_row(cell.model if number == 0 else "", str(cell.tokens), *(show(cell) for _, show in columns))
+    return table
+
+
+def _times(results: Results) -> tuple[str, Table]:
+    names = ("floor", *_columns(results))
+    return "Microseconds of one call, medians", _table(results, [(_TITLES[name], partial(_column_time, name)) for name in names])
+
+
+def _ratios(results: Results) -> tuple[str, Table]:
+    columns: list[tuple[str, Callable[[Cell], str]]] = []
+    for name in (CUFUSE, STATIC):
+        if name in _columns(results):
+            columns += [(f"/{_TITLES[other]}", partial(_ratio, name, other)) for other in RATIOS]
+            columns[-len(RATIOS)] = (f"{_TITLES[name]}/{_TITLES[RATIOS[0]]}", columns[-len(RATIOS)][1])
+    columns.append(("host us", lambda cell: _time(cell.host_microseconds)))
+    columns.append(("bytes", lambda cell: "-" if cell.allocated_bytes is None else f"{cell.allocated_bytes:,}"))
+    title = "cufuse's time divided by others'; Python's microseconds and the pool's bytes for one call with out="
+    return title, _table(results, columns)
+
+
+def _bits(results: Results) -> tuple[str, Table]:
+    names = [name for name in _columns(results) if name not in MEASURED_AGAINST_NOTHING]
+    found = {str(cell.columns[name].against) for cell in results.cells for name in names if name in cell.columns}
+    against = " or ".join(sorted(found - {"None"})) or "nothing"
+    title = f"Outputs (q, k, v) whose bits are not those of {against}: share, or number where that is small"
+    return title, _table(results, [(_TITLES[name], partial(_share, name)) for name in names])
+
+
+def _skipped(results: Results) -> list[str]:
+    """Notes of columns without a failure, each with the cells that it is about."""
+    where: dict[str, list[str]] = {}
+    for cell in results.cells:
+        for name, one in cell.columns.items():
+            if one.note and not one.failed:
+                where.setdefault(f"{_TITLES[name]}: {one.note}", []).append(f"{cell.model} at {cell.tokens}")
+    return [f"{text} ({'; '.join(cells) if len(cells) < len(results.cells) else 'every cell'})" for text, cells in where.items()]
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _column_time(name: str, cell: Cell) -> str:
+    return _time(cell.time(name))
+
+
+def _ratio(name: str, other: str, cell: Cell) -> str:
+    value = cell.ratio(name, other)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _share(name: str, cell: Cell) -> str:
+    one = cell.columns.get(name)
+    if one is None or one.differing is None:
+        return "-"
+    share = 100 * one.differing / one.outputs
+    return f"{share:.1f} %" if share >= 0.1 else f"{one.differing:,}"

@@ -1,0 +1,117 @@
+"""``cufuse bench``: the attention front on this GPU beside cuBLAS and PyTorch."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cufuse import named_recipes
+from cufuse.bench_results import CUFUSE, STATIC, Results
+from cufuse.bench_text import WIDTH, print_results
+from cufuse.commands.progress import progress_bar
+from cufuse.commands.report import _check_writable, _whole_file
+
+_MOST_TOKENS = 65536
+
+
+class BenchError(ValueError):
+    """cufuse itself could not be measured."""
+
+
+def add(commands: Any) -> None:
+    """Describe the command to the parser."""
+    parser = commands.add_parser(
+        "bench",
+        help="on this machine's GPU: the attention front beside cuBLAS, torch.compile and others, times and differing bits",
+        description="Times cufuse.rms_norm_qkv (norm, packed Q/K/V projection, Q/K norm, rotation) in CUDA graphs over 1 GB of "
+        "distinct weights, in turn with cuBLAS's projection alone, PyTorch's and Liger's ways where they are installed, and "
+        "a kernel that only reads the weights; and counts for each how many outputs differ from eager PyTorch.",
+        epilog="Exit codes: 0 done, 2 wrong usage, no GPU, or cufuse could not be measured in some cell (the rest is printed and "
+        "written).",
+    )
+    parser.add_argument(
+        "--model", default="0.6b,4b,8b,32b", metavar="M", help="of 0.6b, 1.7b, 4b, 8b, 14b, 32b, or all (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", default="1,16,64,256,2048,8192", metavar="T", help="numbers of rows (default: %(default)s)")
+    parser.add_argument("--recipe", default="torch", help="of cufuse (default: %(default)s)")
+    repeat_help = "turns, each of two replays a column (default: %(default)s)"
+    parser.add_argument("--repeat", type=int, default=7, metavar="N", help=repeat_help)
+    parser.add_argument(
+        "--no-peers",
+        dest="peers",
+        action="store_false",
+        help="leave out torch.compile, Liger and F.rms_norm (bits are compared with eager all the same)",
+    )
+    parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="prepare no more of these three once this much time went into it (default: %(default)g)",
+    )
+    parser.add_argument("--json", type=Path, metavar="F", help="write everything as JSON, schema 1 (- for standard output)")
+    parser.set_defaults(run=_run)
+
+
+def _run(given: argparse.Namespace) -> None:
+    # arguments first, then whether there is a GPU
+    settings = _settings(given)
+    _check_writable(given.json)
+    from cufuse import bench
+
+    with progress_bar() as show:
+        results = bench.run(settings, show, lambda partial: _write(given.json, partial))
+    if given.json == Path("-"):
+        sys.stdout.write(_json_text(results))
+    else:
+        print_results(results, Console(width=None if sys.stdout.isatty() else WIDTH))
+    sys.stdout.flush()
+    if not results.complete:
+        # a hung kernel keeps the interpreter from ever ending: the driver would wait for it
+        print(f"cufuse bench: {results.notes[-1]}", file=sys.stderr, flush=True)
+        os._exit(2)
+    _demand_measured(results)
+
+
+def _settings(given: argparse.Namespace) -> Any:
+    from cufuse.bench import MODELS, Settings
+
+    models = tuple(MODELS) if given.model == "all" else _listed(given.model.lower())
+    for name in models:
+        if name not in MODELS:
+            raise ValueError(f"--model names {name!r}; known are {', '.join(MODELS)}, or all")
+    tokens = _listed(given.tokens)
+    if not models or not tokens:
+        raise ValueError(f"--{'tokens' if models else 'model'} names none")
+    if not all(count.isascii() and count.isdigit() and 1 <= int(count) <= _MOST_TOKENS for count in tokens):
+        raise ValueError(f"--tokens is {given.tokens!r}; needed are numbers from 1 to {_MOST_TOKENS} with commas, such as 1,16,256")
+    if given.repeat < 1:
+        raise ValueError(f"--repeat is {given.repeat}; needed is an integer >= 1")
+    if not given.peer_seconds >= 0:
+        raise ValueError(f"--peer-seconds is {given.peer_seconds}; needed is a number >= 0")
+    recipe = named_recipes.get(given.recipe)
+    return Settings(models, tuple(map(int, tokens)), recipe, given.repeat, given.peers, given.peer_seconds)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _write(target: Path | None, results: Results) -> None:
+    if target is not None and target != Path("-"):
+        with _whole_file(target) as partial:
+            partial.write_text(_json_text(results), encoding="utf-8")
+
+
+def _json_text(results: Results) -> str:
+    return json.dumps(results.to_json(), indent=1) + "\n"
+
+
+def _demand_measured(results: Results) -> None:
+    failed = [line for line in results.failures() if f", {CUFUSE}: " in line or f", {STATIC}: " in line]
+    if failed or not results.cells or any(CUFUSE not in cell.columns for cell in results.cells):
+        raise BenchError((failed or results.notes or ["nothing was measured"])[0])

@@ -1,0 +1,58 @@
+"""The truth of the operations behind the attention's front, in float64 from the same inputs; ``cufuse.oracle`` says how exact.
+
+An exponential of float64 is within an ulp of 2**-52, a division and a product within half of one; the sums are of non-negative
+numbers, so that a softmax is within (K + 8) 2**-52 of the true weight, relatively.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def add(x: Any, residual: Any) -> np.ndarray:
+    """``x + residual``, float64 (exact unless the exponents are more than 45 apart)."""
+    return np.asarray(_float64(x) + _float64(residual))
+
+
+def softmax(x: Any) -> np.ndarray:
+    """``exp(x - max) / sum`` over the last axis, float64."""
+    wide = _float64(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def silu(x: Any) -> np.ndarray:
+    """``x / (1 + exp(-x))``, float64."""
+    wide = _float64(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(wide / (1 + np.exp(-wide)))
+
+
+def swiglu(gate: Any, up: Any) -> np.ndarray:
+    """``silu(gate) * up``, float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(silu(gate) * _float64(up))
+
+
+def attention(q: Any, k: Any, v: Any, *, scale: float | None = None, causal: bool = True) -> np.ndarray:
+    """``softmax(q k^T scale) v`` per head for q [..., T, Hq, D], k, v [..., S, Hkv, D]: [..., T, Hq, D], float64.
+
+    Keys that a query must not see have no weight at all.
+    """
+    queries, keys, values = (_float64(x).swapaxes(-3, -2) for x in (q, k, v))
+    group = queries.shape[-3] // keys.shape[-3]
+    keys, values = (np.repeat(x, group, axis=-3) for x in (keys, values))
+    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    scores = queries @ keys.swapaxes(-1, -2) * factor
+    if causal:
+        tokens, length = scores.shape[-2:]
+        hidden = np.arange(length)[None] > np.arange(length - tokens, length)[:, None]
+        scores = np.where(hidden, -np.inf, scores)
+    return np.asarray((softmax(scores) @ values).swapaxes(-3, -2))
+
+
+def _float64(x: Any) -> np.ndarray:
+    # bfloat16 and float32 values are float64 values: no rounding here
+    return np.asarray(x).astype(np.float64)

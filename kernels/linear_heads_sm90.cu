@@ -1,0 +1,304 @@
+// A packed projection and what an attention layer does with its heads, in one launch, on Hopper's warpgroup products (sm_90a).
+//
+// p[m, n] = sum over k of x[m, k] * weight[n, k], rounded to bfloat16 (nearest even): one float32 accumulator an output that
+// starts at +0 and walks k upward, one wgmma m64nNk16 for each sixteen. The weight's rows are heads of 128: `heads` of q, then
+// `kv_heads` each of k and of v.
+// v = p. q and k: head norm where HEAD_NORM, with q_weight and k_weight [128]; then rotation where ROTATE, with cos and sin
+// [tokens, 128]; head_fragment.cuh has the roundings. All arrays are bfloat16; rows of x, weight, cos, sin, q, k and v are
+// multiples of 16 bytes apart, a token's heads of q, k or v lie one behind the other.
+//
+// Schedule: a persistent grid, tiles of 128 tokens by TILE_N rows of the weight. Warpgroup 0 brings 64 k of both operands at a
+// time into a ring of `depth` stages in dynamic shared memory; warpgroups 1 and 2 multiply 64 tokens each. A finished tile is
+// rounded, which halves the registers that it takes, and stays there: norm, rotation and stores are done in STEPS parts during
+// the first STEPS stages of the next tile, while the tensor cores work. The tables come through the ring as two stages more,
+// behind those during which they are needed: cos and sin of a head's first half of columns, and of its second. Tiles have at
+// least STEPS stages.
+#include "wgmma.cuh"
+#include "head_fragment.cuh"
+#include "ring.cuh"
+
+constexpr int TILE_M = 128, LINE = 64;  // k, or columns of a head, in a line of 128 bytes
+constexpr int TILE_HEADS = TILE_N / HEAD;
+constexpr int FIRST_SEND = 2 * TILE_HEADS, STEPS = FIRST_SEND + 2;  // norms of half the rows of a head; then halves of all heads
+constexpr int THREADS = 384, CONSUMER_WARPS = 8;
+constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128, TABLES_BYTES = 2 * X_BYTES;
+constexpr u32 BUFFER_BYTES = 16 * 128;  // 16 rows of half a head: a warp has two of them
+constexpr u32 WEIGHT_BYTES = HEAD * 2;
+static_assert(TILE_HEADS <= 2 && TABLES_BYTES <= STAGE_BYTES, "tiles of one or two heads");
+
+struct Arguments {
+    int stages;  // of a tile
+    int tiles_m, tiles_n;
+    int group_m;  // tiles one above the other that run together, for the L2 cache
+    int depth, programmatic;  // programmatic: a dependent launch: only weights may be touched before the previous kernel ends
+    int heads, kv_heads;
+    float q_mean_operand, k_mean_operand, eps;
+    int buffers_at, weights_at, barriers_at;  // bytes from the start of dynamic shared memory
+    const u32 *q_weight, *k_weight;
+    TensorMap x_map, weight_map, cos_map, sin_map, out_map[3];
+};
+
+enum Which { Q, K, V, NONE };
+
+// First row and column of tile number `index`.
+struct Tile {
+    int m, n;
+
+    __device__ __forceinline__ Tile(const Arguments& a, int index) {
+        const int group = index / (a.group_m * a.tiles_n), inside = index - group * a.group_m * a.tiles_n;
+        const int height = min(a.group_m, a.tiles_m - group * a.group_m);
+        m = (group * a.group_m + inside % height) * TILE_M;
+        n = inside / height * TILE_N;
+    }
+    __device__ __forceinline__ int head(int i) const { return n / HEAD + i; }
+    __device__ __forceinline__ int which(const Arguments& a, int i) const {
+        const int first_v = a.heads + a.kv_heads;
+        return head(i) < a.heads ? Q : head(i) < first_v ? K : head(i) < first_v + a.kv_heads ? V : NONE;
+    }
+    __device__ __forceinline__ bool takes_tables(const Arguments& a) const { return ROTATE && head(0) < a.heads + a.kv_heads; }
+};
+
+// A stage: 128 lines of x, then TILE_N of the weight; or 128 of cos, then 128 of sin.
+struct Ring {
+    u32 first, full, empty;
+    int depth;
+
+    __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
+        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), depth(a.depth) {}
+    __device__ __forceinline__ u32 stage(int slot) const { return first + slot * STAGE_BYTES; }
+};
+
+// What the copy engine is asked for.
+struct Bringer {
+    const Arguments& a;
+    const Ring& ring;
+
+    __device__ __forceinline__ void bring_x(const Tile& tile, int stage, int slot) const {
+        copy_box(ring.stage(slot), &a.x_map, stage * LINE, tile.m, ring.full + slot * 8, EVICT_NORMAL);
+    }
+    __device__ __forceinline__ void bring_weight(const Tile& tile, int stage, int slot) const {
+        barrier_arrive_expecting(ring.full + slot * 8, STAGE_BYTES);  // zeros from outside the tensors count too
+        copy_box(ring.stage(slot) + X_BYTES, &a.weight_map, stage * LINE, tile.n, ring.full + slot * 8, EVICT_NORMAL);
+    }
+    __device__ __forceinline__ void bring_tables(const Tile& tile, int half, Place& place) const {
+        barrier_wait(ring.empty + place.slot * 8, place.parity);
+        const u32 barrier = ring.full + place.slot * 8, target = ring.stage(place.slot);
+        barrier_arrive_expecting(barrier, TABLES_BYTES);
+        copy_box(target, &a.cos_map, half * LINE, tile.m, barrier, EVICT_NORMAL);
+        copy_box(target + X_BYTES, &a.sin_map, half * LINE, tile.m, barrier, EVICT_NORMAL);
+        place.advance(ring.depth);
+    }
+    // The stages that the empty ring takes; returns how many. A dependent launch fetches their weights while the kernel before
+    // it still runs.
+    __device__ __forceinline__ int fill(const Tile& tile) const {
+        const int ahead = min(a.stages, ring.depth);
+#pragma unroll 1
+        for (int stage = 0; stage < ahead; ++stage) {
+            barrier_init(ring.full + stage * 8, 1);
+            barrier_init_fence();
+            bring_weight(tile, stage, stage);
+            if (!a.programmatic) bring_x(tile, stage, stage);
+        }
+        if (a.programmatic) {
+            wait_for_previous_kernel();
+#pragma unroll 1
+            for (int stage = 0; stage < ahead; ++stage) bring_x(tile, stage, stage);
+        }
+        return ahead;
+    }
+    // All that follow the first `stage` stages of the CTA's first tile.
+    __device__ __forceinline__ void go_on(Tile tile, int stage) const {
+        Place place = {stage, 1};  // the ring was empty
+        if (stage == ring.depth) place = {0, 0};
+        Tile before = tile;
+        bool owed = false;  // tables of the tile before
+        for (int index = blockIdx.x;;) {
+            for (; stage < a.stages; ++stage) {
+                barrier_wait(ring.empty + place.slot * 8, place.parity);
+                bring_weight(tile, stage, place.slot);
+                bring_x(tile, stage, place.slot);
+                place.advance(ring.depth);
+                if (owed && stage >= FIRST_SEND && stage < STEPS) bring_tables(before, stage - FIRST_SEND, place);
+            }
+            owed = tile.takes_tables(a);
+            before = tile;
+            index += gridDim.x;
+            if (index >= a.tiles_m * a.tiles_n) break;
+            tile = Tile(a, index);
+            stage = 0;
+        }
+        if (owed) {
+            bring_tables(before, 0, place);
+            bring_tables(before, 1, place);
+        }
+    }
+};
+
+// A warp of those that multiply. Registers are scarce: what can be computed from the thread's number is.
+struct Consumer {
+    const Arguments& a;
+    const Ring& ring;
+    Place place;
+    int before;  // slot of the stage before
+
+    static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
+    __device__ __forceinline__ void release(int slot) const {
+        if (lane() == 0) barrier_arrive(ring.empty + slot * 8);
+    }
+
+    // One stage's products, under way on return.
+    __device__ __forceinline__ void multiply(float (&c)[TILE_N / 2], bool first) {
+        barrier_wait(ring.full + place.slot * 8, place.parity);
+        products_fence();
+        const u64 x = operand_descriptor(ring.stage(place.slot) + warp() / 4 * 64 * 128);
+        const u64 weight = operand_descriptor(ring.stage(place.slot) + X_BYTES);
+#pragma unroll
+        for (int step = 0; step < LINE / 16; ++step) multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, !first || step > 0);
+        commit_products();
+        if (!first) {
+            wait_for_products<1>();  // the stage before has been read
+            release(before);
+        }
+        before = place.slot;
+        place.advance(ring.depth);
+    }
+
+    __device__ __forceinline__ void round(u32 (&pairs)[TILE_HEADS][HEAD_PAIRS], const float (&c)[TILE_N / 2]) const {
+#pragma unroll
+        for (int i = 0; i < TILE_N / 4; ++i) pairs[i / HEAD_PAIRS][i % HEAD_PAIRS] = pack_bf16(c[2 * i], c[2 * i + 1]);
+    }
+
+    // Part number `step` of what is left to do with a tile.
+    __device__ __forceinline__ void finish(int step, const Tile& tile, u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
+        if (step >= FIRST_SEND)
+            send(step - FIRST_SEND, tile, pairs);
+        else if (HEAD_NORM)
+            normalise(step % 2, tile.which(a, step / 2), pairs[step / 2 % TILE_HEADS]);
+    }
+    __device__ __forceinline__ void normalise(int half, int which, u32 (&pairs)[HEAD_PAIRS]) const {
+        if (which > K) return;
+        const float mean_operand = which == Q ? a.q_mean_operand : a.k_mean_operand;
+        normalise_rows(pairs, half, ring.first + a.weights_at + which * WEIGHT_BYTES, mean_operand, a.eps);
+    }
+
+    // Columns 64 half ... 64 half + 63 of a head into a buffer. target, tables: this lane's address for the first sixteen columns;
+    // the next sixteen lie two units of the swizzle further on.
+    template <bool ROTATED>
+    static __device__ __forceinline__ void write_half(u32 target, u32 tables, int half, const u32 (&pairs)[HEAD_PAIRS]) {
+#pragma unroll
+        for (int two = 0; two < 4; ++two) {
+            const u32* own = pairs + half * 16 + two * 4;
+            u32 out[4] = {own[0], own[1], own[2], own[3]};
+            if (ROTATED) {
+                const u32* other = pairs + (1 - half) * 16 + two * 4;
+                u32 cos[4], sin[4];
+                load_matrices(cos, tables ^ (32 * two));
+                load_matrices(sin, (tables ^ (32 * two)) + X_BYTES);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) out[j] = rotated_pair(own[j], other[j], cos[j], sin[j], half == 1);
+            }
+            store_matrices(target ^ (32 * two), out[0], out[1], out[2], out[3]);
+        }
+    }
+    // These columns of each head to their place.
+    __device__ __forceinline__ void send(int half, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
+        // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
+        const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
+        const u32 tables = ring.stage(place.slot) + warp() * 16 * 128 + own_place;
+        const bool takes_tables = tile.takes_tables(a);
+        if (takes_tables) barrier_wait(ring.full + place.slot * 8, place.parity);
+        if (lane() == 0) wait_for_store_reads<TILE_HEADS == 1 ? 1 : 0>();
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < TILE_HEADS; ++i) {
+            const int which = tile.which(a, i);
+            if (which == NONE) break;
+            const u32 buffer = ring.first + a.buffers_at + (warp() * 2 + (TILE_HEADS > 1 ? i : half)) * BUFFER_BYTES;
+            if (ROTATE && which < V)
+                write_half<ROTATE != 0>(buffer + own_place, tables, half, pairs[i]);
+            else
+                write_half<false>(buffer + own_place, tables, half, pairs[i]);
+            fence_shared_for_copies();
+            __syncwarp();
+            if (lane() == 0) {
+                const int first = which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads;
+                store_box(&a.out_map[which], (tile.head(i) - first) * HEAD + half * LINE, tile.m + warp() * 16, buffer);
+                commit_stores();
+            }
+        }
+        if (takes_tables) {
+            __syncwarp();  // all lanes have read them
+            release(place.slot);
+            place.advance(ring.depth);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        u32 pairs[TILE_HEADS][HEAD_PAIRS];
+        Tile last(a, blockIdx.x);
+        bool left = false;  // whether `last` has parts left to do
+        for (int index = blockIdx.x; index < a.tiles_m * a.tiles_n; index += gridDim.x) {
+            float c[TILE_N / 2];
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                multiply(c, step == 0);
+                if (left) finish(step, last, pairs);
+            }
+            last = Tile(a, index);
+            left = true;
+#pragma unroll 1
+            for (int stage = STEPS; stage < a.stages; ++stage) multiply(c, false);
+            wait_for_products<0>();
+            release(before);
+            round(pairs, c);
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) finish(step, last, pairs);
+        if (lane() == 0) wait_for_stores();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = shared_address(memory);
+    const Ring ring(a, shared);
+    const Bringer bringer = {a, ring};
+    const Tile first(a, blockIdx.x);
+    int stages = 0;  // on their way
+
+    let_next_kernel_begin();
+    if (threadIdx.x == 0) {
+        fetch_tensor_map(&a.weight_map);
+        fetch_tensor_map(&a.x_map);
+        stages = bringer.fill(first);
+#pragma unroll 1
+        for (int slot = stages; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
+        barrier_init_fence();
+    } else if (threadIdx.x == 32) {
+#pragma unroll 1
+        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.empty + slot * 8, CONSUMER_WARPS);
+        barrier_init_fence();
+    } else if (threadIdx.x == 64) {
+        for (int which = Q; which <= V; ++which) fetch_tensor_map(&a.out_map[which]);
+        if (ROTATE) {
+            fetch_tensor_map(&a.cos_map);
+            fetch_tensor_map(&a.sin_map);
+        }
+    } else if (HEAD_NORM && threadIdx.x >= 128 && threadIdx.x < 256) {
+        const u32 i = threadIdx.x - 128;
+        reinterpret_cast<u32*>(memory + a.weights_at)[i] = i < HEAD / 2 ? a.q_weight[i] : a.k_weight[i - HEAD / 2];
+    }
+    __syncwarp();
+    __syncthreads();
+
+    // those that multiply need more registers than an even share
+    if (threadIdx.x < 128) {
+        give_registers_back<40>();
+        if (threadIdx.x == 0) bringer.go_on(first, stages);
+    } else {
+        take_registers<232>();
+        wait_for_previous_kernel();
+        Consumer{a, ring, {0, 0}, 0}.run();
+    }
+}

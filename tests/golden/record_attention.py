@@ -1,0 +1,172 @@
+"""Which order cuBLAS takes for attention's products of each size: python3 -m tests.golden.record_attention --out cufuse/emulation/data
+
+Nothing of cufuse takes part. record_orders.py found the kinds of orders, by probing every pair of terms; here a few pairs tell them
+apart for every number of keys up to 2,400 (one query) and for prompts, at 4 to 256 products (batch times heads). An order of none of
+the known kinds is listed by name and counts as tensor-core blocks.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .record import DEVICE, versions
+
+HEAD_DIM, LARGE = 128, 2.0**40
+PRODUCTS = (4, 8, 16, 32, 64, 128, 256)
+KEYS = range(1, 2401)
+PROMPTS = (*range(2, 301), *range(301, 2400, 31), *range(302, 2400, 62), 1023, 1025, 1026, 2047, 2049, 2050)
+# lanes, vector, ascending, tile, block: as cufuse.emulation.attention_products.Order; the first that explains the counts is taken
+LANES = (
+    (32, 4, False), (16, 8, False), (32, 1, False), (32, 16, False), (16, 1, True), (8, 1, False), (16, 1, False), (2, 0, True),
+    (4, 1, False), (64, 1, False), (32, 8, False), (32, 2, False), (64, 4, False), (128, 1, False), (16, 4, False), (8, 4, False),
+)  # fmt: skip
+BLOCKS = ((0, 16), (32, 16), (64, 16), (128, 16), (256, 16), (32, 8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--products", type=int, nargs="*", default=PRODUCTS)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    start, unknown = time.time(), []
+    single: dict[str, Any] = {}
+    several: dict[str, Any] = {}
+    for products in arguments.products:
+        single[str(products)] = {kind: {name: [] for name in CLASSES} for kind in ("scores", "values")}
+        several[str(products)] = {name: [] for name in CLASSES}
+        for keys in KEYS:
+            if keys % 8:
+                for kind in ("scores", "values"):
+                    found = single_query(kind, products, keys)
+                    append(single[str(products)][kind][class_of(keys)], keys, found, unknown, f"{kind}, {products} products, 1 x {keys}")
+        print(f"{products} products, one query: {time.time() - start:.1f} s", flush=True)
+        for keys in sorted(set(PROMPTS)):
+            if keys % 8 and products * keys * keys < 3e8:
+                found = prompt(products, keys)
+                append(several[str(products)][class_of(keys)], keys, found, unknown, f"{products} products, {keys} x {keys}")
+        print(f"{products} products, prompts: {time.time() - start:.1f} s", flush=True)
+    record: dict[str, Any] = versions() | {
+        "script": "tests/golden/record_attention.py",
+        "meaning": "products -> class of the number of keys (odd, even, four: divisible by 4) -> [first number of keys, order] up to the "
+        "next entry's; order: [lanes, vector, ascending] for one query, [tile, block] for several; multiples of 8 take blocks of 16",
+        "single_query": single,
+        "several_queries": several,
+        "one_slice": ["512x256", "256x256", "256x512", "768x256", "256x768", "151936x1024"],
+        "not_described": unknown,
+    }
+    (arguments.out / "attention_orders.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    print(f"{len(unknown)} shapes have an order of no known kind: {unknown[:20]}", flush=True)
+
+
+CLASSES = ("odd", "even", "four")
+
+
+def class_of(keys: int) -> str:
+    return "odd" if keys % 2 else "four" if keys % 4 == 0 else "even"
+
+
+def append(runs: list[Any], keys: int, found: Any, unknown: list[str], label: str) -> None:
+    """A new run where the order changes; ``found`` are all orders that explain the counts."""
+    if not found:
+        unknown.append(label)
+        return
+    if not runs or tuple(runs[-1][1]) not in found:
+        runs.append([keys, list(found[0])])
+
+
+@functools.cache
+def probes(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (i, j), and the rows [pairs, n] with +LARGE at i, -LARGE at j and at most 256 ones elsewhere."""
+    chosen = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (0, 128), (0, n - 1), (1, n // 2), (3, n - 2), (n // 3, n // 2)]
+    pairs = np.array(sorted({(min(p), max(p)) for p in chosen if 0 <= min(p) < max(p) < n}))
+    rows = np.zeros((len(pairs), n), np.float32)
+    rows[:, :: -(-n // 256)] = 1
+    rows[np.arange(len(pairs)), pairs[:, 0]], rows[np.arange(len(pairs)), pairs[:, 1]] = LARGE, -LARGE
+    return pairs, rows
+
+
+@functools.cache
+def by_lanes(n: int, lanes: int, vector: int, ascending: bool) -> tuple[float, ...]:
+    """What an order by lanes makes of the probes."""
+    _, rows = probes(n)
+    vector = vector or -(-n // lanes)
+    steps = -(-n // (lanes * vector))
+    terms = np.zeros((len(rows), steps * lanes * vector), np.float32)
+    terms[:, :n] = rows
+    terms = terms.reshape(len(rows), steps, lanes, vector).swapaxes(1, 2).reshape(len(rows), lanes, -1)
+    sums = np.zeros(terms.shape[:-1], np.float32)
+    for k in range(terms.shape[-1]):
+        sums += terms[..., k]
+    if ascending:
+        total = sums[:, 0].copy()
+        for lane in range(1, lanes):
+            total += sums[:, lane]
+        return tuple(total.tolist())
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return tuple(sums[:, 0].tolist())
+
+
+@functools.cache
+def by_blocks(n: int, tile: int, block: int) -> tuple[float, ...]:
+    """What blocks make of the probes: ones behind the block of the second term."""
+    pairs, rows = probes(n)
+    first = n % tile if tile else 0
+    ends = np.empty(n, int)
+    for start, stop in ((0, first), (first, n)):
+        for k in range(start, stop, block):
+            ends[k : min(k + block, stop)] = min(k + block, stop)
+    ones = np.concatenate([[0], np.cumsum(np.arange(n) % -(-n // 256) == 0)])
+    return tuple(float(ones[n] - ones[ends[j]]) for _, j in pairs)
+
+
+def counts(kind: str, products: int, queries: int, keys: int) -> tuple[float, ...]:
+    """The probes through torch.matmul: as key rows for scores, as columns of V for weights times V."""
+    n = HEAD_DIM if kind == "scores" else keys
+    _, rows = probes(n)
+    held = torch.from_numpy(rows).to(DEVICE).to(torch.bfloat16)
+    if kind == "scores":
+        q = torch.ones((1, queries, products, n), dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+        found: list[float] = []
+        for start in range(0, len(rows), keys):
+            part = held[start : start + keys]
+            k = part.new_ones((1, products, keys, n))
+            k[:, :, : len(part)] = part
+            found += torch.matmul(q, k.transpose(2, 3))[0, 0, 0, : len(part)].tolist()
+        return tuple(found)
+    weights = torch.ones((1, products, queries, keys), dtype=torch.bfloat16, device=DEVICE)
+    values = torch.ones((1, products, keys, HEAD_DIM), dtype=torch.bfloat16, device=DEVICE)
+    values[:, :, :, : len(rows)] = held.T
+    return tuple(torch.matmul(weights, values)[0, 0, 0, : len(rows)].tolist())
+
+
+def single_query(kind: str, products: int, keys: int) -> list[tuple[Any, ...]]:
+    """All orders [lanes, vector, ascending] that give the counts; lanes 0: blocks."""
+    n = HEAD_DIM if kind == "scores" else keys
+    if n == 1:
+        return [LANES[0]]
+    measured = counts(kind, products, 1, keys)
+    found: list[tuple[Any, ...]] = [order for order in LANES if by_lanes(n, *order) == measured]
+    return found + ([(0, 0, False)] if by_blocks(n, 0, 16) == measured else [])
+
+
+def prompt(products: int, keys: int) -> list[tuple[Any, ...]]:
+    """All orders [tile, block] that give the counts of both products."""
+    scores, values = counts("scores", products, keys, keys), counts("values", products, keys, keys)
+    return [
+        (tile, block)
+        for tile, block in (BLOCKS[1:] + BLOCKS[:1])
+        if by_blocks(HEAD_DIM, 0, block) == scores and by_blocks(keys, tile, block) == values
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Mutation testing of the modules that decide bits: ``python -m tests.mutation`` (see ``__main__``)."""

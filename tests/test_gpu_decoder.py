@@ -1,0 +1,126 @@
+"""The decoder on a GPU: its steps and the whole model against the emulation, PyTorch and transformers in the same process."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cufuse
+from cufuse.attention import attention
+from cufuse.bf16 import bfloat16
+from cufuse.mlp import silu, swiglu
+from cufuse.residual import add
+from cufuse.softmax import softmax
+from tests import gpu_support
+from tests.golden import small_model
+from tests.gpu_support import against_numpy, codes, demand_cases, demand_same, from_torch, given_by, to_gpu, to_host, to_torch
+from tests.small_qwen3 import small_qwen3
+from tests.witnesses import from_codes, random_bf16
+
+pytestmark = [*gpu_support.MARKS, pytest.mark.filterwarnings("ignore::cufuse.AssumedSlicesWarning")]
+
+LENGTHS = (1, 2, 13, 32, 33, 100, 1024, 1025, 2048, 2049, 4096, 9216, 9217, 9220, 12256, 12289, 16384)
+
+
+def test_softmax_is_the_emulation_and_pytorch() -> None:
+    torch = gpu_support.torch()
+    cases = []
+    for columns in LENGTHS:
+        x = random_bf16(columns, 5, columns, scale=3)
+        cases.append(against_numpy(f"softmax of {columns}", softmax, x))
+        expected = given_by(functools.partial(torch.softmax, dim=-1, dtype=torch.float32), to_gpu(x))
+        rounded = from_torch(to_torch(expected).to(torch.bfloat16))
+        cases.append(gpu_support.Case(f"torch.softmax of {columns}", functools.partial(softmax, to_gpu(x)), lambda r=rounded: r))
+    cases.append(against_numpy("float32 rows", softmax, random_bf16(1, 9, 300).astype(np.float32)))
+    demand_cases("softmax", cases)
+
+
+def test_silu_and_swiglu_of_every_bfloat16() -> None:
+    torch = gpu_support.torch()
+    every = from_codes(np.arange(65536))
+    up = random_bf16(0, 65536)
+    ours = to_gpu(every)
+    cases = [against_numpy("silu", silu, every), against_numpy("swiglu", swiglu, every, up)]
+    cases.append(against_numpy("swiglu, float32", functools.partial(swiglu, recipe="float32"), every, up))
+    expected = given_by(torch.nn.functional.silu, ours)
+    demand_cases("silu, swiglu", cases)
+    # PyTorch's NaN has bits of its own; all other codes are its
+    numbers = ~np.isnan(to_host(expected).astype(np.float32))
+    assert (to_host(codes(silu(ours)))[numbers] == to_host(codes(expected))[numbers]).all()
+
+
+def test_add() -> None:
+    x, residual = random_bf16(1, 30, 257, binades=9), random_bf16(2, 30, 257, binades=9)
+    wide = functools.partial(add, recipe="float32")
+    mixed = against_numpy("float32 residual", wide, x, residual.astype(np.float32))
+    demand_cases("residual sums", [against_numpy("add", add, x, residual), against_numpy("add, float32", wide, x, residual), mixed])
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_attention_is_the_emulation(size: int) -> None:
+    cases = []
+    for batch, queries, keys, heads, kv_heads in (
+        (1, 1, 1, 4, 2), (1, 1, 77, 16, 8), (3, 1, 130, 4, 4), (1, 13, 13, 4, 2), (2, 33, 50, 8, 2), (1, 129, 129, 2, 1),
+    ):  # fmt: skip
+        q, k, v = (
+            random_bf16(seed, batch, n, h, size, scale=2)
+            for seed, (n, h) in enumerate(((queries, heads), (keys, kv_heads), (keys, kv_heads)))
+        )
+        for recipe in ("torch", "float32"):
+            call = functools.partial(attention, recipe=recipe)
+            cases.append(against_numpy(f"{recipe}, {batch} x {queries} x {keys}, {heads}/{kv_heads} of {size}", call, q, k, v))
+    demand_cases("attention", cases)
+
+
+def test_attention_beyond_one_warp_of_keys() -> None:
+    q, k, v = (random_bf16(seed, 1, n, h, 128) for seed, (n, h) in enumerate(((2, 2), (2100, 1), (2100, 1))))
+    demand_cases("attention", [against_numpy("2100 keys", attention, q, k, v)])
+
+
+def one_slice(name: str) -> cufuse.Recipe:
+    """A recipe that does not ask cuBLAS, whose answers for the small model's shapes the emulation need not know."""
+    recipe = cufuse.recipes[name]
+    return recipe.derive(f"{name}, one slice", gemm={"k_slices": 1}, dense={"k_slices": 1})
+
+
+@pytest.mark.parametrize("name", [name for name in cufuse.recipes if "q8_1" not in name])  # that one is for quantised weights
+def test_intermediates_of_every_recipe(name: str) -> None:
+    recipe = one_slice(name)
+    for length in (1, 13, 100):
+        expected: dict[str, Any] = {}
+        found: dict[str, Any] = {}
+        ids = small_model.prompt(length)
+        small_qwen3().forward(ids, recipe=recipe, intermediates=expected)
+        small_qwen3().forward(to_gpu(ids), recipe=recipe, intermediates=found)
+        for key, value in found.items():
+            demand_same("decoder, emulation", value, expected[key], f"{name}, {length} tokens, {key}")
+
+
+@pytest.mark.parametrize("name", ["torch", "late-rounding", "vllm-0.20", "float32", "batch-invariant"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_greedy_decoding(name: str, batch: int) -> None:
+    recipe, ids = one_slice(name), small_model.decode_prompts(batch)
+    expected = small_qwen3().generate(ids, 40, recipe=recipe)
+    found = small_qwen3().generate(to_gpu(ids), 40, recipe=recipe)
+    assert to_host(found.tokens).tolist() == expected.tokens.tolist()
+    demand_same("decoder, emulation", found.logits, expected.logits, f"{name}, batch {batch}, logits")
+
+
+@functools.cache
+def transformers_model() -> Any:
+    from tests.golden.record_model import load
+
+    gpu_support.qwen3()
+    return load(gpu_support.torch().device("cuda"))
+
+
+@pytest.mark.parametrize("length", small_model.PROMPTS)
+def test_small_model_is_transformers(length: int) -> None:
+    torch = gpu_support.torch()
+    ids = to_gpu(small_model.prompt(length))
+    with torch.no_grad():
+        expected = transformers_model()(to_torch(ids)[None], use_cache=False).logits[0]
+    found = small_qwen3().forward(ids)
+    assert found.dtype == bfloat16
+    demand_same("decoder, transformers", found, from_torch(expected), f"logits of {length} tokens")

@@ -1,0 +1,395 @@
+"""A projection with head norm and rotation in its shadow (kernels/linear_heads_sm90.cu) on the CPU, bit for bit the emulation.
+
+Threads run in random order, copies arrive and products read shared memory at random times (kernels_on_host/), so that the sharing
+of the ring between stages and tables, and of registers between two tiles, is tested as well as indices and roundings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cufuse
+from cufuse import _gpu_heads, _gpu_linear, _gpu_linear_heads, compiler, launch
+from cufuse._gpu_heads import Block, Described, Unsuited, dense
+from cufuse._linear_problem import Problem
+from cufuse.bf16 import bfloat16, nearest
+from cufuse.emulation import tensor_core
+from cufuse.emulation.rsqrt import rsqrt
+from cufuse.emulation.sums import mean_of_squares
+from cufuse.norm import normalise, reciprocal_rms
+from cufuse.rope import rotate
+from tests.golden import inputs
+from tests.linear_on_host import COMPILER, HostGpu, KernelFailure
+from tests.test_device_path import RECIPES
+from tests.test_linear_host import aligned
+from tests.witnesses import demand_bits
+
+D = 128
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ is needed to run a kernel's text on the host")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block on a machine of some multiprocessors.
+
+    gap : elements between q, k and v in one buffer; None for three arrays.
+    touchy : every head shows whether its sum is taken in order, or in this other one.
+    """
+
+    m: int
+    heads: int
+    kv_heads: int
+    k: int
+    tile_n: int
+    recipe: str = "torch"
+    head_norm: bool = True
+    rotation: bool = True
+    gap: int | None = None
+    pad: int = 0
+    multiprocessors: int = 3
+    programmatic: bool = True
+    eps: float | None = None
+    touchy: str | None = None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels_on_host")
+
+
+@pytest.fixture
+def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostGpu]:
+    machine = HostGpu(folder)
+    machine.install(monkeypatch)
+    return machine
+
+
+def copied(values: np.ndarray, pad: int = 0) -> np.ndarray:
+    """The same at a multiple of 16 bytes, rows ``pad`` elements further apart than they are long."""
+    rows = values.reshape(-1, values.shape[-1])
+    result = aligned(rows.shape, bfloat16, pad)
+    result[...] = rows
+    return result
+
+
+# columns of a head in other orders: within a vector of four, and vectors
+_COLUMNS = np.arange(D).reshape(32, 4)
+OTHER_ORDERS = {
+    "neighbours": _COLUMNS[:, [1, 0, 3, 2]],
+    "pairs": _COLUMNS[:, [2, 3, 0, 1]],
+    "vectors": _COLUMNS.reshape(2, 2, 2, 2, 2, 4).transpose(4, 3, 2, 1, 0, 5),
+}
+
+
+def touchy_head(order: str) -> tuple[np.ndarray, float]:
+    """A head [D] and an eps: the factor r lies next to the middle between two bfloat16, and on its other side as soon as the sum of
+    squares is a little larger, as it is in one of OTHER_ORDERS."""
+    rng = np.random.default_rng(1)
+    while True:
+        # one vector outweighs the others, so that the order in it shows too
+        powers = rng.integers(0, 6, D) + 6 * (np.arange(D) // 4 != 5)
+        head = nearest(np.ldexp(rng.standard_normal(D), -powers).astype(np.float32)).astype(np.float32)
+        head[::32] = 2.0**-8  # shows r as it is
+        rows = np.stack([head, head[OTHER_ORDERS[order].reshape(-1)]])
+        mean, other = mean_of_squares(rows, "torch-mean", mean="reciprocal")
+        if other > mean and np.frexp(mean)[0] < 0.9:
+            break
+    variance = mean + np.spacing(mean) * np.arange(1 << 18, dtype=np.float32)
+    sides = nearest(rsqrt(variance, "correct")).view(np.uint16)
+    at = int(np.flatnonzero(sides[1:] != sides[:-1])[0])
+    return head.astype(bfloat16), float(variance[at] - mean)
+
+
+def make(case: Case, seed: int) -> dict[str, Any]:
+    """Inputs: rows and weights of every size, so that heads are."""
+    columns = (case.heads + 2 * case.kv_heads) * D
+    cos, sin = cufuse.rope_tables(np.arange(case.m), D)
+    # halves of a table need not be alike
+    sin[:, D // 2 :] = cufuse.rope_tables(np.arange(case.m) + 5, D)[1][:, D // 2 :]
+    x = inputs.heavy((case.m, case.k), seed)
+    x[3 % case.m] = 0
+    x[case.m // 2] *= bfloat16(2.0**-125)
+    weight = inputs.bell((columns, case.k), seed + 1, 0.05)
+    eps = 1e-6
+    if case.touchy is not None:  # each row of x chooses a column of the weight
+        head, eps = touchy_head(case.touchy)
+        x[...] = np.eye(case.m, case.k)
+        weight.reshape(-1, D, case.k)[...] = head[:, None]
+    return {
+        "eps": case.eps or eps,
+        "x": copied(x, case.pad),
+        "weight": copied(weight, case.pad),
+        "q_weight": copied(inputs.norm_weight(D, seed + 2, 6.0)[None])[0] if case.head_norm else None,
+        "k_weight": copied(inputs.norm_weight(D, seed + 3, 96.5)[None])[0] if case.head_norm else None,
+        "cos": copied(cos, case.pad) if case.rotation else None,
+        "sin": copied(sin, case.pad) if case.rotation else None,
+    }
+
+
+def outputs(case: Case) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The memory, and q, k and v in it."""
+    counts = [case.heads, case.kv_heads, case.kv_heads]
+    if case.gap is None:
+        buffers = [aligned((case.m, count * D), bfloat16) for count in counts]
+        return buffers[0], [buffer.reshape(case.m, -1, D) for buffer in buffers]
+    buffer = aligned((case.m, sum(counts) * D + 3 * case.gap), bfloat16)
+    at, views = 0, []
+    for count in counts:
+        views.append(buffer[:, at : at + count * D].reshape(case.m, count, D))
+        assert np.shares_memory(views[-1], buffer)
+        at += count * D + case.gap
+    return buffer, views
+
+
+def problem_of(given: dict[str, Any], multiprocessors: int, programmatic: bool = True) -> Problem:
+    x, weight = given["x"], given["weight"]
+    whole = dense((len(x), len(weight)), 2)
+    problem = _gpu_linear.describe(x, weight, whole, (0, 0, 0), 1, 0, programmatic=programmatic)
+    assert problem.multiprocessors == multiprocessors
+    return problem
+
+
+def pointer(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def on_kernel(gpu: HostGpu, case: Case, given: dict[str, Any], seed: int) -> list[np.ndarray]:
+    gpu.multiprocessors, gpu.seed = case.multiprocessors, seed
+    buffer, outs = outputs(case)
+    names = ("q_weight", "k_weight", "cos", "sin")
+    source = tuple(dense(out.shape, 2) for out in outs)
+    block = Block(source, tuple(outs), *(given[name] for name in names), slots=None, move_v=True)  # type: ignore[arg-type]
+    last = _gpu_heads.ends(RECIPES[case.recipe], case.head_norm, case.rotation)
+    problem = problem_of(given, case.multiprocessors, case.programmatic)
+    plan = _gpu_linear_heads.Plan(block, last, problem, given["eps"], 0, 0, case.tile_n)
+    between = [slice(0, 0)]
+    if case.gap:
+        ends = np.cumsum([(count * D + case.gap) for count in (case.heads, case.kv_heads, case.kv_heads)])
+        between = [slice(end - case.gap, end) for end in ends]
+    arrays = [given["x"], given["weight"], *outs, given["cos"], given["sin"], given["q_weight"], given["k_weight"]]
+    for prepared, arguments in plan.launches(tuple(map(pointer, arrays))):
+        prepared(arguments)
+    assert all((buffer[:, gap].view(np.uint16) == 0xA5A5).all() for gap in between), "written beside the outputs"
+    return outs
+
+
+def emulated(case: Case, given: dict[str, Any]) -> list[np.ndarray]:
+    """The operations one by one."""
+    numerics = RECIPES[case.recipe]
+    whole = nearest(tensor_core.matmul(np.ascontiguousarray(given["x"]), np.ascontiguousarray(given["weight"])))
+    parts = np.split(whole, np.cumsum([case.heads, case.kv_heads]) * D, axis=1)
+    results = [np.ascontiguousarray(part).reshape(case.m, -1, D) for part in parts]
+    for index, name in enumerate(("q_weight", "k_weight")):
+        if case.head_norm:
+            rows = results[index].reshape(-1, D).astype(np.float32)
+            results[index] = normalise(rows, given[name], given["eps"], numerics.head_norm).reshape(results[index].shape)
+        if case.rotation:
+            results[index] = rotate(results[index], given["cos"], given["sin"], numerics.rope)
+    return results
+
+
+def demand_case(gpu: HostGpu, case: Case, seed: int = 1, change: Any = None) -> None:
+    given = make(case, seed)
+    if change is not None:
+        change(given)
+    for name, found, expected in zip("qkv", on_kernel(gpu, case, given, seed), emulated(case, given), strict=True):
+        demand_bits(found, expected, f"{case}, {name}")
+
+
+CASES = [
+    # a tile straddles q and k, k and v; the last tile of 256 has one head
+    Case(130, 3, 1, 384, 256),
+    Case(300, 1, 1, 384, 256, rotation=False, gap=8),
+    Case(65, 3, 1, 256, 128, pad=8),
+    Case(130, 2, 1, 320, 128, programmatic=False, gap=0),
+    Case(300, 1, 1, 256, 128, rotation=False),
+    Case(130, 1, 1, 456, 256, head_norm=False, multiprocessors=1),
+    Case(65, 2, 2, 384, 256, head_norm=False, rotation=False, multiprocessors=2),
+    Case(130, 2, 1, 384, 256, recipe="torch-rms-norm", multiprocessors=2),
+    Case(130, 1, 1, 256, 128, recipe="batch-invariant", multiprocessors=1),
+    Case(130, 1, 1, 256, 128, recipe="gemma", multiprocessors=1, eps=2.0**-80),
+    *(Case(65, 1, 1, 256, 128, rotation=False, touchy=order) for order in OTHER_ORDERS),
+]
+
+
+WIDE, NARROW, TOUCHY = CASES[0], CASES[3], CASES[-3:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits_of_the_emulation(gpu: HostGpu, case: Case) -> None:
+    demand_case(gpu, case)
+
+
+@needs_compiler
+def test_every_order_of_events_gives_the_same_bits(gpu: HostGpu) -> None:
+    for seed in (2, 3, 4):
+        demand_case(gpu, WIDE if seed == 2 else NARROW, seed)
+
+
+@needs_compiler
+def test_special_values_stay_in_their_rows(gpu: HostGpu) -> None:
+    """NaN, infinities, values beyond bfloat16's range and rows of subnormals, in rows of both of a lane's halves."""
+
+    def special(given: dict[str, Any]) -> None:
+        x, weight = given["x"], given["weight"]
+        x[1, 7], x[9, 8], x[17, 9] = bfloat16(np.nan), bfloat16(np.inf), bfloat16(-np.inf)
+        x[18:22] = bfloat16(1e-38)
+        x[22] = bfloat16(3e38)
+        weight[::2] = np.abs(weight[::2])
+        weight[5, 8] = 0
+        given["cos"][30, 3], given["sin"][31, 70] = bfloat16(np.nan), bfloat16(np.inf)
+
+    demand_case(gpu, WIDE, 5, special)
+
+
+def test_one_order_is_three() -> None:
+    """Of 128 bfloat16 values torch's mean, F.rms_norm and either contracted have one sum, unless eps is below 2**-80."""
+    rng = np.random.default_rng(1)
+    bits = rng.integers(0, 1 << 16, (4000, D), np.uint16)
+    # exponents of a row near each other, from the smallest subnormals up
+    shifted = (bits & 0x9FF) + (rng.integers(0, 14, (4000, 1), np.uint16) << np.uint16(11))
+    rows = np.concatenate([shifted.astype(np.uint16).view(bfloat16), inputs.heavy((500, D), 2), inputs.special_rows(D)])
+    # an odd number of 2**-149, and half of one
+    tie = np.tile(np.float32([3 * 2.0**-76, 2.0**-75, 0, 0]), 32)
+    tie[:4] = np.float32([2.0**-71, 2.0**-73, 2.0**-73, 0])
+    rows = np.concatenate([rows.astype(np.float32), tie[None]])
+    base = RECIPES["torch"].head_norm
+    orders = [
+        RECIPES["torch"].derive("one", head_norm={"sum_order": order, "contract": contract}).head_norm
+        for order in ("torch-mean", "torch-rms-norm", "nano-vllm")
+        for contract in (False, True)
+    ]
+    for eps in (1e-6, 2.0**-80):
+        first = reciprocal_rms(rows, eps, base)
+        for other in orders:
+            demand_bits(reciprocal_rms(rows, eps, other), first, f"{other.sum_order}, contract {other.contract}, eps {eps}")
+    last = [reciprocal_rms(rows[-1:], 0.0, other) for other in orders[2:4]]
+    assert last[0] != last[1]
+
+
+def inlined(source: str) -> str:
+    """With its own header's text, so that faults can be planted there."""
+    header = (compiler.source_folder() / "head_fragment.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    return source.replace('#include "head_fragment.cuh"', header)
+
+
+# the case, and the text that is replaced
+FAULTS = {
+    "tables not waited for": (NARROW, "if (takes_tables) barrier_wait(ring.full + place.slot * 8, place.parity);", ""),
+    "tables freed too early": (NARROW, "if (ROTATE && which < V)", "release(place.slot); if (ROTATE && which < V)"),
+    "tables freed twice": (NARROW, "// all lanes have read them", "release(place.slot);"),
+    "tables never freed": (NARROW, "release(place.slot);\n            place.advance", "place.advance"),
+    "tables of the next tile": (NARROW, "bring_tables(before, stage", "bring_tables(tile, stage"),
+    "a full ring refilled": (NARROW, "barrier_wait(ring.empty + place.slot * 8, place.parity);", ""),
+    "a stage freed too early": (NARROW, "wait_for_products<1>();", "wait_for_products<2>();"),
+    "accumulators read too early": (NARROW, "wait_for_products<0>();", ""),
+    "buffers written too early": (WIDE, "if (lane() == 0) wait_for_store_reads<TILE_HEADS == 1 ? 1 : 0>();", ""),
+    "left before the stores": (NARROW, "if (lane() == 0) wait_for_stores();", ""),
+    "the next tile's heads": (NARROW, "if (left) finish(step, last, pairs);", "if (left) finish(step, Tile(a, index), pairs);"),
+    "vectors in another order": (
+        TOUCHY[2],
+        "vector_squares(pairs[2 * J + half])",
+        "vector_squares(pairs[2 * (J % 2 * 8 + J / 2 % 2 * 4 + J / 4 % 2 * 2 + J / 8) + half])",
+    ),
+    "squares in another order": (
+        TOUCHY[0],
+        "const float low = low_of(pair), high = high_of(pair);",
+        "const float low = high_of(pair), high = low_of(pair);",
+    ),
+    "even lanes' sums": (TOUCHY[1], "threadIdx.x & 1 ? sum : other", "threadIdx.x & 1 ? other : sum"),
+    "the other half's sign": (NARROW, "upper ? sin : sin ^ 0x80008000u", "upper ? sin ^ 0x80008000u : sin"),
+    "q's weight for k": (NARROW, "a.weights_at + which * WEIGHT_BYTES", "a.weights_at"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(gpu: HostGpu, fault: str) -> None:
+    case, right, wrong = FAULTS[fault]
+    applied = []
+
+    def plant(source: str) -> str:
+        whole = inlined(source)
+        applied.append(right in whole)
+        return whole.replace(right, wrong)
+
+    gpu.change = plant
+    for seed in (1, 2, 3):
+        given = make(case, seed)
+        try:
+            found = on_kernel(gpu, case, given, seed)
+        except KernelFailure:
+            break
+        pairs = zip(found, emulated(case, given), strict=True)
+        if any((one.view(np.uint16) != other.view(np.uint16)).any() for one, other in pairs):
+            break
+    else:
+        pytest.fail("not noticed")
+    assert any(applied)
+
+
+def layouts(m: int, heads: int, kv_heads: int, k: int, /, **changed: Any) -> tuple[Block, Problem]:
+    """Of a call's arrays, on a machine with 132 multiprocessors."""
+    outs = tuple(dense((m, count, D), 2) for count in (heads, kv_heads, kv_heads))
+    table, weight = dense((m, D), 2), dense((D,), 2)
+    block = Block(outs, outs, weight, weight, table, table, slots=None, move_v=True)
+    block = block._replace(**{name: one for name, one in changed.items() if name in Block._fields})
+    n = (heads + 2 * kv_heads) * D
+    problem = Problem(
+        m, n, k, k, k, float32_x=False, out_float32=False, aligned_x=True, aligned_weight=True, aligned_out=True, mappable=True,
+        pairs=True, slice_k=k, capability=90, multiprocessors=132, shared_memory=compiler.shared_memory_limit(90),
+    )  # fmt: skip
+    return block, replace(problem, **{name: one for name, one in changed.items() if name not in Block._fields})
+
+
+def planned(block: Block, problem: Problem, recipe: str = "torch", eps: float = 1e-6, alignment: int = 0) -> Any:
+    last = _gpu_heads.ends(cufuse.recipes[recipe], block.q_weight is not None, block.cos is not None)
+    return _gpu_linear_heads.Plan(block, last, problem, eps, 0, alignment)
+
+
+def test_what_it_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda kernel, *arguments, **options: kernel)
+    shape = (2048, 32, 8, 4096)
+    for recipe in ("torch", "torch-rms-norm", "batch-invariant", "gemma"):
+        assert planned(*layouts(*shape), recipe=recipe).tile_n == 256
+    for recipe in ("late-rounding", "float32", "vllm-0.19", "flashinfer", "nano-vllm"):
+        with pytest.raises(Unsuited):
+            planned(*layouts(*shape), recipe=recipe)
+    with pytest.raises(Unsuited, match="eps"):
+        planned(*layouts(*shape), eps=1e-30)
+    with pytest.raises(Unsuited, match="alignment"):
+        planned(*layouts(*shape), alignment=8)
+    wide, narrow = dense((2048, 32, D), 4), dense((2048, 32, 64), 2)
+    outs = layouts(*shape)[0].target
+    # two groups of tokens with a gap between them
+    apart = tuple(Described((2, 1024, count, D), (1 << 24, count * 256, 256, 2), 2) for count in (32, 8, 8))
+    for reason, changed in {
+        "Hopper": {"capability": 100},
+        "64 rows": {"m": 64},
+        "slices": {"slice_k": 2048},
+        "float32": {"target": (wide, *outs[1:])},
+        "another size": {"target": (narrow, *outs[1:])},
+        "strides or alignment": {"aligned_x": False},
+        "slots": {"slots": dense((2048,), 8)},
+        "float32 somewhere": {"cos": dense((2048, D), 4)},
+        "two levels": {"target": apart, "cos": None, "sin": None},
+        "one behind the other": {"target": (outs[0], outs[1]._replace(strides=(4096, 512, 2)), outs[2])},
+        "16 bytes": {"cos": Described((2048, D), (0, 2), 2)},
+        "fewer stages": {"k": 320, "slice_k": 320},
+    }.items():
+        with pytest.raises(Unsuited, match=reason):
+            planned(*layouts(*shape, **changed))
+
+
+def test_choice_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide tiles for many rows, separate launches where a machine's multiprocessors would stay idle."""
+    monkeypatch.setattr(launch, "prepare", lambda kernel, *arguments, **options: kernel)
+    for heads, kv_heads, k in ((16, 8, 1024), (32, 8, 4096), (64, 8, 5120)):
+        assert planned(*layouts(8192, heads, kv_heads, k)).tile_n == 256
+    with pytest.raises(Unsuited, match="too few tiles"):
+        planned(*layouts(66, 32, 8, 4096))

@@ -1,0 +1,46 @@
+"""pytest plugin: how many inputs the properties tried and how many outputs they compared, by area, at the end of a run.
+
+The README's table is made of what this prints. ``count`` is called by the tests, once for each comparison that has passed.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+
+INPUTS: Counter[str] = Counter()
+OUTPUTS: Counter[str] = Counter()
+WORST: dict[str, float] = {}
+"""Largest ratios of an error to its bound, by area."""
+
+
+def part_of_profile(divisor: int) -> settings:
+    """So many times fewer examples than the profile has, for properties whose examples take long."""
+    return settings(max_examples=max(1, settings().max_examples // divisor))
+
+
+def count(area: str, *, inputs: int, outputs: int) -> None:
+    """So many inputs (values, or rows and columns of a problem) were tried, and so many outputs compared and found right."""
+    INPUTS[area] += inputs
+    OUTPUTS[area] += outputs
+
+
+def ratio(area: str, error_to_bound: float) -> None:
+    """An error as a part of what its bound allows; the largest is printed."""
+    WORST[area] = max(WORST.get(area, 0.0), error_to_bound)
+
+
+def lines() -> list[str]:
+    """The table, and the ratios."""
+    width = max(map(len, (*INPUTS, *WORST)), default=0)
+    table = [f"{area:{width}}  {INPUTS[area]:>16,} inputs  {OUTPUTS[area]:>16,} outputs compared" for area in sorted(INPUTS)]
+    return table + [f"{area:{width}}  largest error: {worst:.3f} of its bound" for area, worst in sorted(WORST.items())]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if INPUTS or WORST:
+        profile = os.environ.get("CUFUSE_HYPOTHESIS_PROFILE", "cufuse-dev")
+        terminalreporter.section(f"properties, profile {profile}")
+        for line in lines():
+            terminalreporter.write_line(line)
