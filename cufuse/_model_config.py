@@ -94,6 +94,7 @@ QWEN3: Mapping[str, ModelConfig] = MappingProxyType(
         )
     }
 )
+"""Name -> numbers of the dense Qwen3 models, 0.6B to 32B."""
 
 
 def read_config(path: Path, name: str) -> tuple[ModelConfig, bool]:

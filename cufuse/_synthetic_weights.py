@@ -20,12 +20,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 WRITER = "cufuse.synthetic/1"  # the number changes when a seed's bits do
 
 DOCUMENTED_K_NORM_MAXIMA = {0: 96.5, 1: 44.5, 2: 44.0, 4: 41.75, 5: 34.0}
+"""Layer -> the largest K-norm weight of Qwen3-0.6B, where the rounding study documents it."""
 
-# one a layer of Qwen3-0.6B; what is not documented is invented; all are bfloat16 numbers
+# all are bfloat16 numbers
 K_NORM_MAXIMA = (
     96.5, 44.5, 44.0, 33.0, 41.75, 34.0, 30.5, 27.0, 24.0, 21.5, 19.0, 17.0, 15.0, 13.5, 12.0, 11.0,
     9.5, 9.25, 9.0, 8.75, 8.5, 8.25, 8.0, 7.75, 7.5, 7.0, 6.5, 6.0,
 )  # fmt: skip
+"""The largest K-norm weight of each of Qwen3-0.6B's layers in the synthetic model: documented, or else invented."""
 _DEEPER_K_NORM_MAXIMUM = 6.0
 
 _CHUNK = 1 << 16  # weights generated at a time: half a megabyte of words, within a core's cache

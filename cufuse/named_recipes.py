@@ -207,6 +207,7 @@ _QUANTISED = (
 )
 
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({recipe.name: recipe for recipe in (*_RECIPES, *_QUANTISED)})
+"""Every named recipe by its name, read-only: ``cufuse.recipes``."""
 
 QUANTISED_ONLY: Final = ("block-scaled", "llama.cpp-q8_1")
 """Recipes that differ from another one ("torch", "llama.cpp") for quantised weights alone."""

@@ -12,7 +12,7 @@ import pytest
 
 import cufuse
 from cufuse import bf16, oracle, recipe
-from cufuse.emulation import _tiles, cublas, floats, rotary, rsqrt, sums, tensor_core
+from cufuse.emulation import _tiles, cublas, floats, rotary, rsqrt, sums, sums_parts, tensor_core
 from tests.sum_witnesses import round_to_float32
 
 F = np.float32
@@ -247,6 +247,20 @@ def test_which_orders_know_their_batch() -> None:
         assert own == {columns: name == "llama.cpp-cpu" or (name == "torch-rms-norm" and columns % 4 > 0) for columns in own}
 
 
+def test_when_contraction_cannot_be_seen() -> None:
+    """Squares of 12 bits that do not underflow are exact, and the fused form is dropped; any other value keeps it for all."""
+    exact = [0.0, 1.0, -1.0, 4095.0, -(2.0**-63), 2.0**-63 * 4095, 0.0]
+    for extra, fused in ((0.0, False), (8191.0, True), (4097.0, True), (2.0**-64, True),
+                         (-(2.0**-70), True), (2.0**-75, True), (2.0**60, False)):  # fmt: skip
+        x = np.array([[*exact, extra]], F)
+        found = sums_parts.terms(x, True)
+        assert found.fused is fused, extra
+        with np.errstate(under="ignore"):
+            assert np.array_equal(found.values, x if fused else x * x)
+            plain = sums_parts.terms(x, False)
+            assert plain.fused is False and np.array_equal(plain.values, x * x)
+
+
 def test_a_mean_that_does_not_exist() -> None:
     for mean in ("sum", "a", "reciprocals"):
         with pytest.raises(ValueError, match=f"mean is '{mean}'; needed is 'factor', 'reciprocal', 'divide' or None"):
@@ -291,6 +305,27 @@ def test_subnormals_have_the_exponent_of_the_smallest_normal(core: str, most: in
     terms = tensor_core.TENSOR_CORES[core].terms
     demand_steps(a, b, core, terms)
     demand_steps(b, a, core, terms)
+
+
+def test_the_published_constants() -> None:
+    """Terms, fraction bits and floor of mmasim 2.1.1's table; bfloat16 from sm_80 on."""
+    table = {"sm_70": (4, 23, -131), "sm_75": (8, 24, -132)} | dict.fromkeys(("sm_80", "sm_86", "sm_89"), (8, 24, -132))
+    table |= dict.fromkeys(("sm_90", "sm_100", "sm_120"), (16, 25, -133))
+    assert {name: (one.terms, one.fraction_bits, one.floor) for name, one in tensor_core.TENSOR_CORES.items()} == table
+    assert [name for name, one in tensor_core.TENSOR_CORES.items() if "bfloat16" not in one.dtypes] == ["sm_70", "sm_75"]
+    for terms, most in ((4, 27), (8, 26), (16, 25)):
+        for bits in (1, most):
+            assert tensor_core.TensorCore("x", terms, bits, -97, ("bfloat16",), "").fraction_bits == bits
+        for bits in (0, most + 1):
+            with pytest.raises(ValueError, match=f"needed is 1 to {most} with {terms} terms"):
+                tensor_core.TensorCore("x", terms, bits, -97, ("bfloat16",), "")
+
+
+def test_a_step_needs_its_terms() -> None:
+    one = np.ones(16, ml_dtypes.bfloat16)
+    for a, b in ((one[0:1].reshape(()), one), (one, one[0:1].reshape(())), (one[:8], one[:8])):
+        with pytest.raises(ValueError, match=r"needed is \[..., 16\] for sm_90"):
+            tensor_core.block(a, b, np.zeros((), F), core="sm_90")
 
 
 def test_slices_are_whole_blocks_of_64() -> None:

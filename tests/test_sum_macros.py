@@ -9,12 +9,14 @@ import pytest
 
 from cufuse.emulation.sums import SUM_ORDERS, sum_of_squares
 from cufuse.emulation.sums_kernel import sum_defines
+from cufuse.emulation.sums_torch import reduce_config
+from tests.sum_witnesses import AtenReduce
 
 F = np.float32
 ONE, PAIRS, BY_POSITION, BY_STEP, MOMENTS = range(5)
 HALVE, LINES_FIRST, WARPS_IN_ORDER = range(3)
 
-COLUMNS = (1, 2, 3, 5, 8, 31, 33, 40, 64, 96, 100, 127, 128, 129, 130, 257, 1023, 1024, 1030, 2048, 2056)
+COLUMNS = (1, 2, 3, 5, 8, 31, 33, 40, 64, 96, 100, 127, 128, 129, 130, 257, 272, 1023, 1024, 1030, 2048, 2056)
 WIDE = (8160, 8161, 8168)
 ROWS = (1, 2, 3, 5, 8, 16, 255, 256)
 ORDERS = [name for name in SUM_ORDERS if name != "llama.cpp-cpu"]
@@ -107,6 +109,33 @@ def test_the_macros_describe_the_emulation(order: str, rows: int) -> None:
         for index in {0, rows // 2, rows - 1}:
             expected = read(macros, list(x[index]), index)
             assert found[index].tobytes() == expected.tobytes(), f"{order}, row {index} of {rows}x{columns}: {macros}"
+
+
+def test_one_row_of_many() -> None:
+    """vLLM's kernels have 1024 threads a row, 256 from 256 rows on: seen from 257 vectors of a row on."""
+    for order in ("vllm", "vllm-add"):
+        found = {}
+        for rows in (255, 256):
+            x = np.resize(values(4, 2056), (rows, 2056))
+            found[rows] = sum_of_squares(x, order)[:4].tolist()
+            assert sum_defines(order, rows, 2056)["SUM_THREADS"] == {255: 257 if order == "vllm" else 1024, 256: 256}[rows]
+            assert found[rows] == [read(sum_defines(order, rows, 2056), list(x[index]), index) for index in range(4)]
+        assert found[255] != found[256]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_launches_of_any_size(old: bool) -> None:
+    """ATen's configuration as its source computes it, thread blocks that share a row included."""
+    sizes = [1, 3, 31, 32, 64, 127, 128, 129, 511, 512, 516, 2047, 2048, 8159, 8160, 8161, 16384, 65536, 130560, 130561, 140001,
+             131072, 262144, 524289, 1 << 20, (1 << 20) + 4096, 3_000_000, 1 << 22, 10_000_001, 1 << 25]  # fmt: skip
+    rows = (*range(1, 36), 63, 64, 100, 131, 132, 133, 263, 264, 265, 511, 512, 527, 528, 529, 1000, 4096)
+    for columns in sizes:
+        for count in rows:
+            expected = AtenReduce(count, columns, old)
+            found = reduce_config(count, columns, vectorised_from=129 if old else 128)
+            told = (expected.vectorize, expected.bw, expected.bh, expected.split, expected.ctas)
+            assert found == told, f"{count} rows of {columns}"
+            assert found.lines == (expected.bh if expected.split else 1) * expected.ctas
 
 
 def test_what_no_kernel_does() -> None:

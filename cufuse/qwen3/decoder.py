@@ -28,6 +28,7 @@ STAGES = (
 )  # fmt: skip
 """A layer's intermediates in their order. "hidden" is the residual stream that enters, "mlp_residual" the one that leaves."""
 LAST_STAGES = ("final_normalised", "logits")
+"""What follows the last layer."""
 
 _ONE_THREAD = 1 << 20  # multiply-adds below which threads cost more than they save
 

@@ -1,14 +1,15 @@
-"""Which order cuBLAS takes for attention's products of each size: python3 -m tests.golden.record_attention --out cufuse/emulation/data
+"""Which order cuBLAS takes for attention's products of each size: python3 -m tests.golden.record_attention --out FOLDER
 
-Nothing of cufuse takes part. record_orders.py found the kinds of orders, by probing every pair of terms; here a few pairs tell them
-apart for every number of keys up to 2,400 (one query) and for prompts, at 4 to 256 products (batch times heads). An order of none of
-the known kinds is listed by name and counts as tensor-core blocks.
+Nothing of cufuse takes part. record_orders.py found the kinds of orders, by probing every pair of terms; here a few pairs tell
+them apart for every number of keys up to 2,400 (one query) and for prompts, at 4 to 256 products (batch times heads). An order of
+none of the known kinds is listed by name and counts as tensor-core blocks.
 """
 
 import argparse
 import functools
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ LANES = (
     (32, 4, False), (16, 8, False), (32, 1, False), (32, 16, False), (16, 1, True), (8, 1, False), (16, 1, False), (2, 0, True),
     (4, 1, False), (64, 1, False), (32, 8, False), (32, 2, False), (64, 4, False), (128, 1, False), (16, 4, False), (8, 4, False),
 )  # fmt: skip
-BLOCKS = ((0, 16), (32, 16), (64, 16), (128, 16), (256, 16), (32, 8))
+BLOCKS = ((32, 16), (64, 16), (128, 16), (256, 16), (32, 8), (0, 16))
 
 
 def main() -> None:
@@ -44,18 +45,19 @@ def main() -> None:
         for keys in KEYS:
             if keys % 8:
                 for kind in ("scores", "values"):
-                    found = single_query(kind, products, keys)
-                    append(single[str(products)][kind][class_of(keys)], keys, found, unknown, f"{kind}, {products} products, 1 x {keys}")
+                    runs, label = single[str(products)][kind][class_of(keys)], f"{kind}, {products} products, 1 x {keys}"
+                    append(runs, keys, (*LANES, (0, 0, False)), single_query(kind, products, keys), unknown, label)
         print(f"{products} products, one query: {time.time() - start:.1f} s", flush=True)
         for keys in sorted(set(PROMPTS)):
             if keys % 8 and products * keys * keys < 3e8:
-                found = prompt(products, keys)
-                append(several[str(products)][class_of(keys)], keys, found, unknown, f"{products} products, {keys} x {keys}")
+                runs, label = several[str(products)][class_of(keys)], f"{products} products, {keys} x {keys}"
+                append(runs, keys, BLOCKS, prompt(products, keys), unknown, label)
         print(f"{products} products, prompts: {time.time() - start:.1f} s", flush=True)
     record: dict[str, Any] = versions() | {
         "script": "tests/golden/record_attention.py",
-        "meaning": "products -> class of the number of keys (odd, even, four: divisible by 4) -> [first number of keys, order] up to the "
-        "next entry's; order: [lanes, vector, ascending] for one query, [tile, block] for several; multiples of 8 take blocks of 16",
+        "meaning": "products -> class of the number of keys (odd, even, four: divisible by 4) -> [first number of keys, order] up "
+        "to the next entry's; order: [lanes, vector, ascending] for one query (lanes 0: blocks), [tile, block] for several; "
+        "multiples of 8 take blocks of 16. one_slice: see record_orders.py",
         "single_query": single,
         "several_queries": several,
         "one_slice": ["512x256", "256x256", "256x512", "768x256", "256x768", "151936x1024"],
@@ -72,19 +74,25 @@ def class_of(keys: int) -> str:
     return "odd" if keys % 2 else "four" if keys % 4 == 0 else "even"
 
 
-def append(runs: list[Any], keys: int, found: Any, unknown: list[str], label: str) -> None:
-    """A new run where the order changes; ``found`` are all orders that explain the counts."""
-    if not found:
-        unknown.append(label)
+Matches = Callable[[tuple[Any, ...]], bool]
+
+
+def append(runs: list[Any], keys: int, orders: Iterable[tuple[Any, ...]], matches: Matches, unknown: list[str], label: str) -> None:
+    """A new run where the last one's order does not explain the counts any more."""
+    if runs and matches(tuple(runs[-1][1])):
         return
-    if not runs or tuple(runs[-1][1]) not in found:
-        runs.append([keys, list(found[0])])
+    found = next((order for order in orders if matches(order)), None)
+    if found is None:
+        unknown.append(label)
+    else:
+        runs.append([keys, list(found)])
 
 
 @functools.cache
 def probes(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (i, j), and the rows [pairs, n] with +LARGE at i, -LARGE at j and at most 256 ones elsewhere."""
-    chosen = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (0, 128), (0, n - 1), (1, n // 2), (3, n - 2), (n // 3, n // 2)]
+    near = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (0, 128)]
+    chosen = [*near, (0, n - 1), (1, n // 2), (3, n - 2), (n // 3, n // 2)]
     pairs = np.array(sorted({(min(p), max(p)) for p in chosen if 0 <= min(p) < max(p) < n}))
     rows = np.zeros((len(pairs), n), np.float32)
     rows[:, :: -(-n // 256)] = 1
@@ -118,7 +126,7 @@ def by_lanes(n: int, lanes: int, vector: int, ascending: bool) -> tuple[float, .
 @functools.cache
 def by_blocks(n: int, tile: int, block: int) -> tuple[float, ...]:
     """What blocks make of the probes: ones behind the block of the second term."""
-    pairs, rows = probes(n)
+    pairs, _ = probes(n)
     first = n % tile if tile else 0
     ends = np.empty(n, int)
     for start, stop in ((0, first), (first, n)):
@@ -148,24 +156,19 @@ def counts(kind: str, products: int, queries: int, keys: int) -> tuple[float, ..
     return tuple(torch.matmul(weights, values)[0, 0, 0, : len(rows)].tolist())
 
 
-def single_query(kind: str, products: int, keys: int) -> list[tuple[Any, ...]]:
-    """All orders [lanes, vector, ascending] that give the counts; lanes 0: blocks."""
+def single_query(kind: str, products: int, keys: int) -> Matches:
+    """Whether an order [lanes, vector, ascending] gives the measured counts; lanes 0: blocks."""
     n = HEAD_DIM if kind == "scores" else keys
     if n == 1:
-        return [LANES[0]]
+        return lambda order: True
     measured = counts(kind, products, 1, keys)
-    found: list[tuple[Any, ...]] = [order for order in LANES if by_lanes(n, *order) == measured]
-    return found + ([(0, 0, False)] if by_blocks(n, 0, 16) == measured else [])
+    return lambda order: (by_lanes(n, *order) if order[0] else by_blocks(n, 0, 16)) == measured
 
 
-def prompt(products: int, keys: int) -> list[tuple[Any, ...]]:
-    """All orders [tile, block] that give the counts of both products."""
+def prompt(products: int, keys: int) -> Matches:
+    """Whether an order [tile, block] gives the counts of both products."""
     scores, values = counts("scores", products, keys, keys), counts("values", products, keys, keys)
-    return [
-        (tile, block)
-        for tile, block in (BLOCKS[1:] + BLOCKS[:1])
-        if by_blocks(HEAD_DIM, 0, block) == scores and by_blocks(keys, tile, block) == values
-    ]
+    return lambda order: by_blocks(HEAD_DIM, 0, order[1]) == scores and by_blocks(keys, *order) == values
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from tests.mutation import runs
-from tests.mutation.mutants import MODULES, Mutant, mutants
+from tests.mutation.mutants import BY_NAME_ALONE, MODULES, Mutant, mutants
 
 REQUIRED = 0.9
 SURVIVORS = Path(__file__).with_name("survivors.md")
@@ -31,7 +31,7 @@ SURVIVORS = Path(__file__).with_name("survivors.md")
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.split("\n\n")[0])
-    parser.add_argument("module", nargs="*", help=f"these only (default: all): {', '.join(MODULES)}")
+    parser.add_argument("module", nargs="*", help=f"these only (default: all but {', '.join(BY_NAME_ALONE)}): {', '.join(MODULES)}")
     parser.add_argument("--seed", type=int, default=0, help="which change is drawn at each place (default: %(default)s)")
     most_help = "places of a module, drawn where it has more (default: %(default)s; 0: all, about three times as long)"
     parser.add_argument("--most", type=int, default=60, help=most_help)
@@ -65,7 +65,7 @@ def _known(file: Path | None) -> dict[str, bool]:
 
 
 def _key(mutant: Mutant) -> str:
-    return f"{mutant.module}: {mutant.change}"
+    return f"{mutant.module}: {mutant.operator} {mutant.occurrence}: {mutant.change}"
 
 
 def _run(given: argparse.Namespace, chosen: list[Mutant]) -> list[Mutant]:
@@ -102,11 +102,12 @@ def main() -> int:
     )  # fmt: skip
     os.environ["CUFUSE_HYPOTHESIS_PROFILE"] = runs.PROFILE
     set_hypothesis_home_dir(os.devnull)
+    given.module = given.module or [module for module in MODULES if module not in BY_NAME_ALONE]
     if importlib.util.find_spec("numba") is None:
         print(f"{runs.WITH_NUMBA} is left out: Numba is not installed", file=sys.stderr)
-        given.module = [module for module in given.module or MODULES if module != runs.WITH_NUMBA]
+        given.module = [module for module in given.module if module != runs.WITH_NUMBA]
     most = None if given.most == 0 else given.most
-    found = {module: mutants(module, given.seed, most, given.every) for module in given.module or MODULES}
+    found = {module: mutants(module, given.seed, most, given.every) for module in given.module}
     chosen = [mutant for group, _ in found.values() for mutant in group]
     if given.list:
         for mutant in chosen:

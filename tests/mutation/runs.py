@@ -63,6 +63,8 @@ class Baseline:
         found = {test for line in lines for test in by_line.get(line, ()) if test in self.seconds}
         if not found:
             found = set(by_line.get(0, ())) or set(self.seconds)
+        elif len(found) < 5:  # what is kept behind functools.cache runs in the first test alone
+            found |= {test for tests in by_line.values() for test in tests if test in self.seconds}
         ordered = sorted(found, key=lambda test: (self.seconds[test], test))
         times_seen: dict[str, int] = {}
         rank = {}
