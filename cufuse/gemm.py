@@ -46,8 +46,8 @@ def linear(
     the exact sum.
     Equal to ``torch.nn.functional.linear``: recipe "torch" on an H200, wherever K and N are multiples of 8 (every Qwen3 projection,
     K = 96 and 1000, N = 8, 96 and 1000, M from 1 to 4096: 0 differing bits). Where K or N is not, cuBLAS takes other kernels for
-    most shapes: the result is then the same sum in this recipe's order, not PyTorch's bits (``tests/test_gpu_projections.py`` lists the
-    compared ones with PyTorch's order).
+    most shapes: the result is then the same sum in this recipe's order, not PyTorch's bits (``tests/test_gpu_projections.py``
+    lists the compared ones with PyTorch's order).
 
     Raises TypeError for kinds and dtypes, ValueError for shapes, k_slices and an overlapping ``out``.
     """
