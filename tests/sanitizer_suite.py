@@ -22,6 +22,7 @@ from tests.golden import inputs
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FINISHED = "every kernel ran"
+CALL = "call: "
 
 
 def main() -> int:
@@ -61,7 +62,7 @@ def _summary(tool: str, process: "subprocess.Popen[str]", seconds: float) -> dic
         process.kill()
         raise SystemExit(f"{tool} took more than {seconds:g} s: {process.communicate()[0][-2000:]}") from None
     if FINISHED not in log:
-        raise SystemExit(f"{tool}: the kernels did not run to their end: {log[-3000:]}")
+        raise SystemExit(f"{tool}: the kernels did not run to their end:\n{first_errors(log)}\n... {log[-1500:]}")
     summary = gpu_record.sanitizer_summary(log)
     calls = next(line for line in log.splitlines() if FINISHED in line)
     print(f"{tool}: {summary['summary']}; {calls}", flush=True)
@@ -70,16 +71,26 @@ def _summary(tool: str, process: "subprocess.Popen[str]", seconds: float) -> dic
     return {**summary, "suite": calls}
 
 
+def first_errors(log: str, lines: int = 40) -> str:
+    """The call under which the tool first had something to say, and what it said."""
+    said = log.splitlines()
+    first = next((n for n, line in enumerate(said) if line.startswith("=========") and "COMPUTE-SANITIZER" not in line), len(said))
+    call = next((line for line in reversed(said[:first]) if line.startswith(CALL)), "before the first call")
+    return "\n".join([call, *said[first : first + lines]])
+
+
 def run_kernels() -> None:
     """Every operation against the emulation, then every configuration of the products on sizes that fit no tile."""
     cupy = gpu_support.cupy()
     cupy.cuda.set_allocator(None)
     launched = 0
     for case in sanitizer_cases.cases():
+        print(f"{CALL}{case.what}", flush=True)
         found, expected = case.call(), case.expected()
         for one, other in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
             gpu_support.demand_same("sanitized", one, other, case.what)
         launched += 1
+    print(f"{CALL}the products' configurations", flush=True)
     for configuration in (*small_m.CONFIGURATIONS, *tiles.WARPGROUP, *tiles.MMA):
         for m, n, k, slices in ((7, 56, 192, 1), (5, 40, 320, 2), (130, 264, 128, 1), (3, 9, 33, 1)):
             dtype = np.float32 if getattr(configuration, "parts", 1) > 1 else cufuse.bfloat16
@@ -90,6 +101,8 @@ def run_kernels() -> None:
             except ValueError:
                 continue  # this configuration does not take this product
             launched += 1
+    cupy.cuda.runtime.deviceSynchronize()
+    print(f"{CALL}heads in the shadow", flush=True)
     # heads in the shadow of many rows' products, which small sizes would not be given to
     with pytest.MonkeyPatch.context() as patch:
         for width in (128, 256):
