@@ -50,7 +50,9 @@ NORMS = {
     "nano-vllm": NormPoints("nano-vllm", "divide", False, True, "stored rounded", True),
     "batch-invariant": NormPoints("torch-rms-norm", "divide", True, True, contract=True, float32_weight="promote"),
 }
-FLOAT32_ACTIVATIONS = ("float32", "late-rounding", "separate-k-norm", "llama.cpp")
+# these differ from another recipe for quantised weights alone
+NORMS |= {"block-scaled": NORMS["torch"], "llama.cpp-q8_1": NORMS["llama.cpp"]}
+FLOAT32_ACTIVATIONS = ("float32", "late-rounding", "separate-k-norm", "llama.cpp", "llama.cpp-q8_1")
 
 
 def expected_norm(x: np.ndarray, weight: np.ndarray, eps: float, points: NormPoints, after_residual: bool = False) -> np.ndarray:
@@ -240,6 +242,7 @@ ROTATIONS = {
     "float32": "float32, apart",
     "late-rounding": "float32, apart",
 }
+ROTATIONS |= {"block-scaled": ROTATIONS["torch"], "llama.cpp-q8_1": ROTATIONS["llama.cpp"]}
 
 
 def expected_rotation(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, how: str) -> np.ndarray:
