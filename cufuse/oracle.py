@@ -20,6 +20,11 @@ from typing import Any
 import numpy as np
 
 from cufuse.bf16 import round_to_bf16
+from cufuse.oracle_decoder import add, attention, float64, silu, softmax, swiglu
+
+__all__ = [
+    "add", "attention", "linear", "qkv_stages", "rms_norm", "rope", "rope_angles", "rounded", "silu", "softmax", "swiglu",
+]  # fmt: skip
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -31,19 +36,19 @@ def rms_norm(
     x: Any, weight: Any, *, eps: float = 1e-6, residual: Any = None, weight_offset: float = 0.0, exact: bool = False
 ) -> np.ndarray:
     """``z / sqrt(mean(z*z) + eps) * (weight + weight_offset)`` of z = x + residual, over the last axis, float64."""
-    z = _float64(x) if residual is None else _float64(x) + _float64(residual)
+    z = float64(x) if residual is None else float64(x) + float64(residual)
     if exact:
         flat = z.reshape(-1, z.shape[-1])
         total = np.array([math.fsum(value * value for value in row) for row in flat.tolist()]).reshape(*z.shape[:-1], 1)
     else:
         total = np.sum(z * z, axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(z / np.sqrt(total / z.shape[-1] + eps) * (_float64(weight) + weight_offset))
+        return np.asarray(z / np.sqrt(total / z.shape[-1] + eps) * (float64(weight) + weight_offset))
 
 
 def linear(x: Any, weight: Any, *, exact: bool = False) -> np.ndarray:
     """``x W^T`` for x [..., K] and weight [N, K], float64."""
-    wide, other = _float64(x), _float64(weight)
+    wide, other = float64(x), float64(weight)
     if not exact:
         with np.errstate(invalid="ignore", over="ignore"):
             return np.asarray(wide @ other.T)
@@ -60,10 +65,10 @@ def rope_angles(positions: Any, head_dim: int, *, base: float = 1e6) -> tuple[np
 
 def rope(x: Any, cos: Any, sin: Any) -> np.ndarray:
     """``x * cos + rotate_half(x) * sin`` for x [..., H, D] and tables [..., D], float64."""
-    wide = _float64(x)
+    wide = float64(x)
     half = wide.shape[-1] // 2
     rotated = np.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
-    return np.asarray(wide * _float64(cos)[..., None, :] + rotated * _float64(sin)[..., None, :])
+    return np.asarray(wide * float64(cos)[..., None, :] + rotated * float64(sin)[..., None, :])
 
 
 def qkv_stages(
@@ -92,8 +97,3 @@ def qkv_stages(
         if cos is not None:
             found[f"{name}_rotated"] = rope(found.get(f"{name}_normed", found[name]), cos, sin)
     return found
-
-
-def _float64(x: Any) -> np.ndarray:
-    # bfloat16 and float32 values are float64 values: no rounding here
-    return np.asarray(x).astype(np.float64)

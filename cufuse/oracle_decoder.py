@@ -12,12 +12,12 @@ import numpy as np
 
 def add(x: Any, residual: Any) -> np.ndarray:
     """``x + residual``, float64 (exact unless the exponents are more than 45 apart)."""
-    return np.asarray(_float64(x) + _float64(residual))
+    return np.asarray(float64(x) + float64(residual))
 
 
 def softmax(x: Any) -> np.ndarray:
     """``exp(x - max) / sum`` over the last axis, float64."""
-    wide = _float64(x)
+    wide = float64(x)
     with np.errstate(invalid="ignore", over="ignore"):
         exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
         return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
@@ -25,7 +25,7 @@ def softmax(x: Any) -> np.ndarray:
 
 def silu(x: Any) -> np.ndarray:
     """``x / (1 + exp(-x))``, float64."""
-    wide = _float64(x)
+    wide = float64(x)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(wide / (1 + np.exp(-wide)))
 
@@ -33,7 +33,7 @@ def silu(x: Any) -> np.ndarray:
 def swiglu(gate: Any, up: Any) -> np.ndarray:
     """``silu(gate) * up``, float64."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(silu(gate) * _float64(up))
+        return np.asarray(silu(gate) * float64(up))
 
 
 def attention(q: Any, k: Any, v: Any, *, scale: float | None = None, causal: bool = True) -> np.ndarray:
@@ -41,7 +41,7 @@ def attention(q: Any, k: Any, v: Any, *, scale: float | None = None, causal: boo
 
     Keys that a query must not see have no weight at all.
     """
-    queries, keys, values = (_float64(x).swapaxes(-3, -2) for x in (q, k, v))
+    queries, keys, values = (float64(x).swapaxes(-3, -2) for x in (q, k, v))
     group = queries.shape[-3] // keys.shape[-3]
     keys, values = (np.repeat(x, group, axis=-3) for x in (keys, values))
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
@@ -53,6 +53,6 @@ def attention(q: Any, k: Any, v: Any, *, scale: float | None = None, causal: boo
     return np.asarray((softmax(scores) @ values).swapaxes(-3, -2))
 
 
-def _float64(x: Any) -> np.ndarray:
-    # bfloat16 and float32 values are float64 values: no rounding here
+def float64(x: Any) -> np.ndarray:
+    """The values as float64: bfloat16 and float32 values are float64 values, nothing is rounded."""
     return np.asarray(x).astype(np.float64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cufuse.plot import figure as figure_and_axes
 from cufuse.report import Report
 from cufuse.report_quantised import Row
 
@@ -27,7 +28,7 @@ def plot(report: Report, path: str | os.PathLike[str]) -> None:
 
 def check_target(path: str | os.PathLike[str]) -> None:
     """The errors of ``plot`` that can be told beforehand: ImportError without matplotlib, ValueError for the name's ending."""
-    known = _figure().canvas.get_supported_filetypes()
+    known = figure_and_axes()[0].canvas.get_supported_filetypes()
     ending = os.path.splitext(path)[1].removeprefix(".").lower()
     if ending not in known:
         raise ValueError(f"{os.fspath(path)} ends in {ending!r}; a plot's name ends in one of {', '.join(sorted(known))}")
@@ -36,8 +37,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
 def draw(report: Report) -> Any:
     """The pictures as a matplotlib Figure, for notebooks."""
     panels = 3 if report.quantisation else 2
-    figure = _figure(figsize=(6.5 * panels, 5.2), layout="constrained")
-    left, right, *third = figure.subplots(1, panels)
+    figure, (left, right, *third) = figure_and_axes(1, panels, width=6.5 * panels, height=5.2)
     stages = list(report.recipes[report.reference].stages)
     groups = _alike(report, stages)
     # grey levels and markers, so that it reads without colour
@@ -81,14 +81,6 @@ def _draw_quantisation(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(row.weights, (row.bits, row.stages[stage].rms_error), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(yscale="log", xlabel="bits a weight of the projections", ylabel=f"RMS error of {stage}, against unquantised weights")
     axes.set(title="What quantising costs")
-
-
-def _figure(**options: Any) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; install it with pip install 'cufuse[plot]'") from error
-    return Figure(**options)
 
 
 def _alike(report: Report, stages: list[str]) -> list[list[str]]:

@@ -73,7 +73,8 @@ def rope_tables(
 
     Accuracy: bfloat16 tables have PyTorch's bits on an H200 for base 1e6, D in {64, 128, 256} and every position below 40,960:
     all 18 million entries were compared, and the 192 exceptions from the formula are kept as data. Elsewhere the formula (float64
-    cos of the float32 angle, rounded to float32, then to bfloat16) may be off by one ulp now and then.
+    cos of the float32 angle, rounded to float32, then to bfloat16) may be off by an ulp now and then, and by more where the
+    cosine is near zero (2 and 21 ulp in four of the exceptions).
     float32 tables are the correctly rounded ones, from which CUDA's may differ by 2 ulp.
 
     Raises TypeError for non-integer positions or another dtype, ValueError for negative positions and an odd head_dim.

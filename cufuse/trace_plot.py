@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from cufuse.report_plot import _figure
+from cufuse.plot import figure as figure_and_axes
 from cufuse.trace import Trace
 
 _STAGE_MARKERS = {"k": "o", "k_normed": "^", "attention_output": "s", "mlp_residual": "D"}
@@ -17,8 +17,8 @@ def plot(traces: Sequence[Trace], path: str | os.PathLike[str]) -> None:
 
 def draw(traces: Sequence[Trace]) -> Any:
     """One row of three pictures for each trace: share of differing values, their median distance in ulp, tokens equal or not."""
-    figure = _figure(figsize=(13, 3.6 * len(traces) + 0.4), layout="constrained")
-    grid = figure.subplots(len(traces), 3, squeeze=False, width_ratios=(2, 2, 3))
+    size = {"width": 13.0, "height": 3.6 * len(traces) + 0.4}
+    figure, grid = figure_and_axes(len(traces), 3, **size, squeeze=False, width_ratios=(2, 2, 3))
     for row, found in zip(grid, traces, strict=True):
         left, middle = (row[0], "share", "share of differing bfloat16"), (row[1], "median_ulp", "median distance of those, ulp")
         for axes, key, label in (left, middle):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.gpu_record", "tests.totals"]
+pytest_plugins = ["tests.commands_here", "tests.gpu_record", "tests.totals"]
 
 for name, examples in {"cufuse-dev": 200, "cufuse-ci": 2000, "cufuse-nightly": 50000}.items():
     settings.register_profile(name, max_examples=examples, deadline=None)

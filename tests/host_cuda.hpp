@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "kernels_on_host/floats.h"
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -19,17 +21,6 @@ struct Index { unsigned x, y, z; };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 inline float4 shared_memory[1 << 15];
 
-static_assert(sizeof(float) == 4 && __FLT_EVAL_METHOD__ == 0, "float32 operations must round to float32");
-inline float __uint_as_float(unsigned bits) { float v; std::memcpy(&v, &bits, 4); return v; }
-inline unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
-// compiled with -ffp-contract=off
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __frsqrt_rn(float v) { return (float)(1.0 / std::sqrt((double)v)); }
-inline float rsqrtf(float v) { return __frsqrt_rn(v); }
 
 struct Fiber {
     ucontext_t context;

@@ -169,3 +169,27 @@ def installed(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu
         monkeypatch.setattr(module, "_plans", {})
     gpu.launched.clear()
     yield gpu
+
+
+def with_tensor_cores(folders: pytest.TempPathFactory) -> HostGpu:
+    """The machine of this module, with that of tests.linear_on_host for kernels that need tensor cores or the copy engine."""
+    from tests import linear_on_host
+
+    gpu = HostGpu(folders.mktemp("host"))
+    gpu.tensor_cores = linear_on_host.HostGpu(folders.mktemp("tensor_cores"))
+    return gpu
+
+
+def installed_with_tensor_cores(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu]:
+    """Puts both in place for one test of a chain of launches."""
+    from cufuse import _driver
+    from tests import linear_on_host
+
+    counters = np.zeros(4096, np.uint8)
+    for found in installed(monkeypatch, gpu):
+        monkeypatch.setattr(_driver, "tensor_map", linear_on_host.tensor_map)
+        monkeypatch.setattr(launch, "workspace", gpu.tensor_cores.workspace)
+        monkeypatch.setattr(launch, "current_stream", lambda: 0)
+        monkeypatch.setattr(launch, "counters", lambda device: counters.ctypes.data)
+        yield found
+        assert not counters.any()  # every kernel leaves zeros

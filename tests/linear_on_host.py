@@ -154,6 +154,30 @@ class HostGpu:
         return [str(compiled) for compiled in objects]
 
 
+def demand_noticed(
+    gpu: HostGpu, right: str, wrong: str, same: Callable[[int], bool], whole: Callable[[str], str] = lambda source: source
+) -> None:
+    """That a fault planted in the kernels' text, ``right`` replaced by ``wrong``, fails or changes bits for one of three orders of
+    events. same: runs the case with a seed and says whether the bits are the emulation's. whole: the text with its headers."""
+    applied = []
+
+    def plant(source: str) -> str:
+        text = whole(source)
+        applied.append(right in text)
+        return text.replace(right, wrong)
+
+    gpu.change = plant
+    for seed in (1, 2, 3):
+        try:
+            if not same(seed):
+                break
+        except KernelFailure:
+            break
+    else:
+        raise AssertionError("not noticed")
+    assert any(applied)
+
+
 def _call_compiler(folder: Path, *arguments: str) -> None:
     # FOLDER comes first: its headers stand in for those of the same names, and bf16.cuh is the kernels' own
     command = ["g++", *_FLAGS, f"-I{FOLDER}", f"-I{compiler.source_folder()}", *arguments]

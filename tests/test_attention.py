@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import oracle_decoder
+from cufuse import oracle
 from cufuse.attention import MASKED, STAGES, attention, stages
 from cufuse.emulation import tensor_core
 from cufuse.softmax import softmax
@@ -70,7 +70,7 @@ def test_batches_and_leading_axes() -> None:
 def test_near_the_truth(recipe: str, causal: bool) -> None:
     q, k, v = make(20, 33, size=128)
     found = attention(q, k, v, causal=causal, recipe=recipe).astype(np.float64)
-    expected = oracle_decoder.attention(q, k, v, causal=causal)
+    expected = oracle.attention(q, k, v, causal=causal)
     # scores of size 25 are rounded to bfloat16 twice under "torch": 0.1 in the exponent
     allowed = 0.3 if recipe == "torch" else 0.03
     assert np.abs(found - expected).max() <= allowed * np.abs(expected).max()

@@ -4,14 +4,14 @@ Nothing stands in for a kernel; the machines that run their texts are tests/host
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _driver, _gpu_linear, _gpu_qkv, _gpu_qkv_steps, launch
+from cufuse import _gpu_linear, _gpu_qkv, _gpu_qkv_steps, launch
 from cufuse.bf16 import bfloat16
 from tests import host_gpu, linear_on_host
 from tests.golden import inputs
@@ -26,23 +26,14 @@ HIDDEN, HEADS, KV_HEADS, D = 128, 4, 2, 64
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> HostGpu:
-    gpu = HostGpu(tmp_path_factory.mktemp("host"))
-    gpu.tensor_cores = linear_on_host.HostGpu(tmp_path_factory.mktemp("tensor_cores"))
-    return gpu
+    return host_gpu.with_tensor_cores(tmp_path_factory)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, machines: HostGpu) -> Iterator[HostGpu]:
-    counters = np.zeros(4096, np.uint8)
-    for found in host_gpu.installed(monkeypatch, machines):
-        monkeypatch.setattr(_driver, "tensor_map", linear_on_host.tensor_map)
-        monkeypatch.setattr(launch, "workspace", machines.tensor_cores.workspace)
-        monkeypatch.setattr(launch, "current_stream", lambda: 0)
-        monkeypatch.setattr(launch, "counters", lambda device: counters.ctypes.data)
-        monkeypatch.setattr(_gpu_linear, "_plans", {})
-        monkeypatch.setattr(_gpu_qkv, "_calls", {})
-        yield found
-        assert not counters.any()  # every kernel leaves zeros
+    monkeypatch.setattr(_gpu_linear, "_plans", {})
+    monkeypatch.setattr(_gpu_qkv, "_calls", {})
+    yield from host_gpu.installed_with_tensor_cores(monkeypatch, machines)
 
 
 @pytest.fixture
@@ -82,9 +73,10 @@ def on_gpu(value: Any) -> Any:
     return Array(value) if isinstance(value, np.ndarray) else value
 
 
-def demand_block(given: dict[str, Any], what: str) -> None:
+def demand_block(given: dict[str, Any], what: str, bring: Callable[[Any], Any] = on_gpu) -> None:
+    """The call on pretended arrays has the bits of the call on NumPy's."""
     expected = cufuse.rms_norm_qkv(**given)
-    found = cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()})
+    found = cufuse.rms_norm_qkv(**{name: bring(value) for name, value in given.items()})
     for name, one, other in zip(("q", "k", "v", "residual"), found, expected, strict=False):
         demand_bits(one.host, other, f"{what}: {name}")
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from cufuse.__main__ import main
 from cufuse.bf16 import bfloat16
 from cufuse.report_block import LayerBlock
 from tests import gpu_support
+from tests.commands_here import Command
 from tests.gpu_support import COMPARED, demand_same, rehearse, to_gpu, to_host
 
 pytestmark = gpu_support.MARKS
@@ -28,27 +29,6 @@ AREAS = {
     "rms_norm_qkv": "_blocks",
 }
 """The rows of the table of ``cufuse check``, and where selfcheck has their pairs of results."""
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Done:
-        capsys.readouterr()
-        return Done(main([str(one) for one in arguments]), *capsys.readouterr())
-
-    return run
 
 
 def table(out: str) -> dict[str, tuple[int, int]]:

@@ -61,13 +61,13 @@ def test_exact_is_another_sum() -> None:
     """fsum where it is asked for, NumPy's sum where it is not: seen where the two differ."""
     rng = np.random.default_rng(3)
     x = np.ldexp(rng.standard_normal((40, 2, 301)), rng.integers(-20, 20, (40, 2, 301)))
-    squares = [sum(Fraction(v) ** 2 for v in row) for row in x.reshape(80, 301).tolist()]
+    squares = [sum(Fraction(v * v) for v in row) for row in x.reshape(80, 301).tolist()]  # of the squares as float64 has them
     ones = np.ones(301)
     plain, exact = (oracle.rms_norm(x, ones, eps=0.0, exact=flag) for flag in (False, True))
     assert plain.shape == exact.shape == x.shape
     assert np.array_equal(plain, x / np.sqrt(np.sum(x * x, -1, keepdims=True) / 301))
     roots = np.array([math.sqrt(float(round_fraction(s)) / 301) for s in squares]).reshape(40, 2, 1)
-    np.testing.assert_allclose(exact, x / roots, rtol=3e-16 * 4)
+    assert np.array_equal(exact, x / roots)
     assert (plain != exact).any()
     w = np.ldexp(rng.standard_normal((3, 301)), rng.integers(-20, 20, (3, 301))).astype(F)
     wide = x.astype(F)
@@ -117,14 +117,6 @@ def test_the_table_is_the_one_measured() -> None:
         for unit in counts:
             counts[unit] += int(np.count_nonzero(difference == unit))
     assert counts == {-2: 8, -1: 2_344_391, 0: 13_143_086, 1: 1_289_731}
-
-
-def test_a_sample_of_the_table() -> None:
-    """Every 251st of the same: 14.0 % one below the correctly rounded root, 78.3 % equal, 7.7 % one above."""
-    x = np.arange(0x3F800000, 0x40800000, 251, dtype=np.uint32).view(F)
-    difference = rsqrt.rsqrt(x).view(np.int32) - (1 / np.sqrt(x.astype(np.float64))).astype(F).view(np.int32)
-    shares = [np.count_nonzero(difference == unit) / len(x) for unit in (-1, 0, 1)]
-    np.testing.assert_allclose(shares, [0.1397, 0.7834, 0.0769], atol=0.005)
 
 
 def test_binades_repeat_by_powers_of_four() -> None:

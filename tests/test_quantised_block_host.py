@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _driver, _gpu_qkv_steps, _gpu_quantised, _gpu_quantised_qkv, launch, quantised
+from cufuse import _gpu_qkv_steps, _gpu_quantised, _gpu_quantised_qkv, quantised
 from cufuse.quantised import QuantisedWeight
 from tests import host_gpu, linear_on_host
 from tests.host_gpu import Array, HostGpu
 from tests.quantised_weights import random_weight
-from tests.test_block_on_host import HEADS, KV_HEADS, block
+from tests.test_block_on_host import HEADS, KV_HEADS, block, demand_block, on_gpu
 from tests.test_device_path import RECIPES
 from tests.test_quantised_host import on_device
 from tests.witnesses import demand_bits
@@ -24,35 +24,20 @@ D = 128
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> HostGpu:
-    gpu = HostGpu(tmp_path_factory.mktemp("host"))
-    gpu.tensor_cores = linear_on_host.HostGpu(tmp_path_factory.mktemp("tensor_cores"))
-    return gpu
+    return host_gpu.with_tensor_cores(tmp_path_factory)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, machines: HostGpu) -> Iterator[HostGpu]:
-    for found in host_gpu.installed(monkeypatch, machines):
-        monkeypatch.setattr(_driver, "tensor_map", linear_on_host.tensor_map)
-        monkeypatch.setattr(launch, "workspace", machines.tensor_cores.workspace)
-        monkeypatch.setattr(launch, "current_stream", lambda: 0)
-        for module in (_gpu_quantised, _gpu_quantised_qkv):
-            monkeypatch.setattr(module, "_plans" if hasattr(module, "_plans") else "_calls", {})
-        yield found
+    monkeypatch.setattr(_gpu_quantised, "_plans", {})
+    monkeypatch.setattr(_gpu_quantised_qkv, "_calls", {})
+    yield from host_gpu.installed_with_tensor_cores(monkeypatch, machines)
 
 
-def on_gpu(value: Any) -> Any:
+def bring(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(on_gpu(one) for one in value)
-    if isinstance(value, QuantisedWeight):
-        return on_device(value)
-    return Array(value) if isinstance(value, np.ndarray) else value
-
-
-def demand_block(given: dict[str, Any], what: str) -> None:
-    expected = cufuse.rms_norm_qkv(**given)
-    found = cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()})
-    for name, one, other in zip(("q", "k", "v", "residual"), found, expected, strict=False):
-        demand_bits(one.host, other, f"{what}: {name}")
+        return tuple(bring(one) for one in value)
+    return on_device(value) if isinstance(value, QuantisedWeight) else on_gpu(value)
 
 
 def weights(*forms: str, hidden: int) -> tuple[QuantisedWeight, ...]:
@@ -73,12 +58,12 @@ def test_chain(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, name: str) -> None
     given = block(RECIPES[name], tokens=(2, 3), dimensions=D, hidden=256) | {"k_slices": None}
     packed = quantised.concatenate(weights("Q4_0", "Q4_0", "Q4_0", hidden=256))
     for turn in range(2):
-        demand_block(given | {"qkv_weight": packed, "static_weights": turn == 1}, "packed")
+        demand_block(given | {"qkv_weight": packed, "static_weights": turn == 1}, "packed", bring)
     mixed = weights("Q4_K", "Q4_K", "Q6_K", hidden=256)
-    demand_block(given | {"qkv_weight": mixed, "residual": None, "heads": None}, "three")
+    demand_block(given | {"qkv_weight": mixed, "residual": None, "heads": None}, "three", bring)
     # rows of 96 are padded on the way
     narrow = block(RECIPES[name], tokens=(9,), dimensions=D, hidden=96) | {"k_slices": None}
-    demand_block(narrow | {"qkv_weight": quantised.concatenate(weights("Q8_0", "Q8_0", "Q8_0", hidden=96))}, "narrow")
+    demand_block(narrow | {"qkv_weight": quantised.concatenate(weights("Q8_0", "Q8_0", "Q8_0", hidden=96))}, "narrow", bring)
     assert {kernel.source for kernel in gpu.launched} == {"rms_norm.cu", "heads.cu"}
 
 
@@ -88,11 +73,11 @@ def test_one_by_one(gpu: HostGpu) -> None:
     whole = quantised.concatenate(weights("Q8_0", "Q8_0", "Q8_0", hidden=256))
     expected = cufuse.rms_norm_qkv(**given | {"qkv_weight": whole})
     raw = QuantisedWeight(Array(whole.data), whole.format, whole.shape)
-    found = cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()} | {"qkv_weight": raw})
+    found = cufuse.rms_norm_qkv(**{name: bring(value) for name, value in given.items()} | {"qkv_weight": raw})
     for one, other in zip(found, expected, strict=True):
         demand_bits(one.host, other)
     caches = [Array(np.empty((8, KV_HEADS, D), np.float32)) for _ in "kv"]
     query = Array(np.empty((3, HEADS, D), np.float32))
     options = {"cache_slots": Array(np.arange(3)), "out": (query, *caches, None), "qkv_weight": raw}
     with pytest.raises(ValueError, match="cache_slots is served for packed weights"):
-        cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()} | options)
+        cufuse.rms_norm_qkv(**{name: bring(value) for name, value in given.items()} | options)

@@ -16,6 +16,11 @@ def bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(UNSIGNED[x.dtype.itemsize]).reshape(x.shape)
 
 
+def same_bits(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether two arrays have the same shape and codes."""
+    return np.array_equal(bits(found), bits(expected))
+
+
 def demand_bits(found: np.ndarray, expected: np.ndarray, what: str = "result") -> None:
     """The same dtype, shape and bits; the first difference is shown with its place, codes and values."""
     assert found.dtype == expected.dtype, f"{what}: dtype {found.dtype}, expected {expected.dtype}"

@@ -12,8 +12,8 @@ from rich.console import Console
 from cufuse import named_recipes
 from cufuse.bench_results import CUFUSE, STATIC, Results
 from cufuse.bench_text import WIDTH, print_results
+from cufuse.commands.output import check_writable, whole_file
 from cufuse.commands.progress import progress_bar
-from cufuse.commands.report import _check_writable, _whole_file
 
 _MOST_TOKENS = 65536
 
@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
 def _run(given: argparse.Namespace) -> None:
     # arguments first, then whether there is a GPU
     settings = _settings(given)
-    _check_writable(given.json)
+    check_writable(given.json)
     from cufuse import bench
 
     with progress_bar() as show:
@@ -103,7 +103,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _write(target: Path | None, results: Results) -> None:
     if target is not None and target != Path("-"):
-        with _whole_file(target) as partial:
+        with whole_file(target) as partial:
             partial.write_text(_json_text(results), encoding="utf-8")
 
 

@@ -1,21 +1,17 @@
 """``cufuse report``: one layer, or all, under every recipe."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from cufuse import named_recipes
 from cufuse.checkpoint import QWEN3, AttentionLayer, Checkpoint, CheckpointError, open_checkpoint
+from cufuse.commands.output import PipeConsole, check_writable, whole_file
 from cufuse.commands.progress import progress_bar
 from cufuse.emulation.tensor_core import TENSOR_CORES
 from cufuse.quantised import FORMATS, formats, open_gguf
@@ -83,7 +79,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.plot is not None and len(layers) > 1:
         raise ValueError("--plot draws one layer; give --layer a number")
     for target in (given.json, given.plot):
-        _check_writable(target)
+        check_writable(target)
     if given.plot is not None:
         check_target(given.plot)
     reports = []
@@ -116,15 +112,15 @@ def _run(given: argparse.Namespace) -> None:
 def _write(given: argparse.Namespace, reports: list[Report]) -> None:
     # files first: a reader of the text may go away in the middle of it
     if given.json is not None and given.json != Path("-"):
-        with _whole_file(given.json) as partial:
+        with whole_file(given.json) as partial:
             partial.write_text(_json_text(reports), encoding="utf-8")
     if given.plot is not None:
-        with _whole_file(given.plot) as partial:
+        with whole_file(given.plot) as partial:
             plot(reports[0], partial)
     if given.json == Path("-"):
         sys.stdout.write(_json_text(reports))
         return
-    console = _Console(width=None if sys.stdout.isatty() else 200)
+    console = PipeConsole(width=None if sys.stdout.isatty() else 200)
     if len(reports) > 1:
         print_layers(reports, console)
     else:
@@ -136,12 +132,6 @@ def _json_text(reports: list[Report]) -> str:
     if len(reports) > 1:
         content = {"schema": SCHEMA, "layers": [report.to_json() for report in reports]}
     return json.dumps(content, indent=1) + "\n"
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        # rich would exit with code 1; main treats a reader that has gone as nothing wrong
-        raise BrokenPipeError
 
 
 class _Synthetic:
@@ -233,29 +223,3 @@ def _token_ids(given: argparse.Namespace, vocabulary: int) -> np.ndarray:
         return np.array([int(one) for one in given.token_ids.split(",")])
     except ValueError:
         raise ValueError(f"--token-ids is {given.token_ids!r}; needed are numbers with commas, such as 9707,11") from None
-
-
-def _check_writable(target: Path | None) -> None:
-    """Before minutes of work: whether the file can be made where it shall go."""
-    if target is None or target == Path("-"):
-        return
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; needed is a file name")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{target} is no ordinary file, which a rename would replace; needed is a file name (--json - prints)")
-    with _whole_file(target, keep=False) as partial:
-        partial.touch()
-
-
-@contextlib.contextmanager
-def _whole_file(target: Path, keep: bool = True) -> Iterator[Path]:
-    """A name to write to beside the target; renamed to it at the end, so that no half-written file is left."""
-    partial = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
-    try:
-        yield partial
-        if keep:
-            os.replace(partial, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        partial.unlink(missing_ok=True)

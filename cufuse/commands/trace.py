@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cufuse import named_recipes
+from cufuse.commands.output import PipeConsole, check_writable, whole_file
 from cufuse.commands.progress import progress_bar
-from cufuse.commands.report import _check_writable, _Console, _whole_file
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.qwen3 import MODELS, Qwen3, open_model, synthetic
 from cufuse.report_inputs import random_token_ids
@@ -57,7 +57,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.checkpoint is not None and given.layers is not None:
         raise ValueError("--layers is for made-up models; a checkpoint runs with all of its layers")
     for target in (given.json, given.plot):
-        _check_writable(target)
+        check_writable(target)
     if given.plot is not None:
         check_target(given.plot)
     with progress_bar() as show, warnings.catch_warnings(record=True) as caught:
@@ -117,15 +117,15 @@ def _token_ids(given: argparse.Namespace, vocabulary: int) -> np.ndarray:
 def _write(given: argparse.Namespace, found: list[Trace]) -> None:
     # files first: a reader of the text may go away in the middle of it
     if given.json is not None and given.json != Path("-"):
-        with _whole_file(given.json) as partial:
+        with whole_file(given.json) as partial:
             partial.write_text(_json_text(found), encoding="utf-8")
     if given.plot is not None:
-        with _whole_file(given.plot) as partial:
+        with whole_file(given.plot) as partial:
             plot(found, partial)
     if given.json == Path("-"):
         sys.stdout.write(_json_text(found))
         return
-    console = _Console(width=None if sys.stdout.isatty() else 132)
+    console = PipeConsole(width=None if sys.stdout.isatty() else 132)
     for one in found:
         print_trace(one, console)
 

@@ -11,6 +11,7 @@
 #define __launch_bounds__(...)
 #define __align__(n)
 
+#include "floats.h"
 #include "launches.cuh"
 
 namespace host {
@@ -44,15 +45,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float2 make_float2(float x, float y) { return {x, y}; }
 template <class A, class B>
 inline auto min(A a, B b) -> decltype(a + b) { return (decltype(a + b))a < (decltype(a + b))b ? a : b; }
-inline float __uint_as_float(u32 u) { float f; std::memcpy(&f, &u, 4); return f; }
-inline u32 __float_as_uint(float f) { u32 u; std::memcpy(&u, &f, 4); return u; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __frsqrt_rn(float v) { return (float)(1.0 / std::sqrt((double)v)); }
-inline float rsqrtf(float v) { return __frsqrt_rn(v); }
 float __shfl_sync(unsigned mask, float v, int lane);
 float __shfl_xor_sync(unsigned mask, float v, int offset);
 float __shfl_down_sync(unsigned mask, float v, int offset);
