@@ -34,6 +34,9 @@ SOURCES = (
     "cufuse/_linear_*.py",
     "cufuse/_gpu_*.py",
     "cufuse/emulation/sums_kernel.py",
+    "cufuse/quantised/formats.py",
+    "cufuse/quantised/tiles.py",
+    "cufuse/qwen3/gpu*.py",
 )
 """What decides which machine code runs on a GPU, and with which arguments."""
 

@@ -49,6 +49,9 @@ def test_every_module_that_decides_a_launch_is_hashed() -> None:
     for file in (gpu_record.ROOT / "cufuse").glob("_[a-z]*.py"):
         if re.search(r"^from cufuse.* import .*\b(launch|Kernel)\b", file.read_text(encoding="utf-8"), re.MULTILINE):
             assert file in hashed, f"{file.name} decides about launches: name it in gpu_record.SOURCES"
+    for file in (gpu_record.ROOT / "cufuse").rglob("*.py"):
+        if (file.name.startswith("gpu") and file.parent.name != "cufuse") or "launch.prepare(" in file.read_text(encoding="utf-8"):
+            assert file in hashed, f"{file} decides about launches: name it in gpu_record.SOURCES"
 
 
 RECORD: dict[str, Any] = {

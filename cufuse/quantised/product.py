@@ -36,7 +36,7 @@ def quantised_linear(
     Special values: a scale that is NaN or infinite, NaN and infinities in x: NaN or infinity in the outputs that they reach (0x7FFF
     in bfloat16). "q8_1" loses a NaN in x where the format needs no sum of x (all but Q4_0), as llama.cpp does.
     Accuracy: the bits of the recipe. Against exact arithmetic with the same weights "block-scaled" is off by float32's roundings
-    alone; "decoded" by 2**-9 of each weight, "q8_1" by 1/254 of the largest |x| of 32, for each product.
+    alone; "decoded" by 2**-8 of each weight, "q8_1" by 1/254 of the largest |x| of 32, for each product.
 
     Raises TypeError for kinds and dtypes, ValueError for shapes, k_slices and an overlapping ``out``.
     """
