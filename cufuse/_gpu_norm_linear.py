@@ -59,7 +59,7 @@ class Plan:
         local = rows.count == 1
         tile_n = _tile_width(p)
         x_rows = ceil_div(rows.count, 8) * 8
-        y_bytes = rows.columns * 2 + 1024 if local else 16
+        y_bytes = rows.columns * 2 + 2048 if local else 16
         row_bytes = ceil_div(4 * scratch_floats(_sums(rows)) + rows.columns * rows.z_bytes + 16, 16) * 16
         room = p.shared_memory - _ROOM - row_bytes - y_bytes - 16 * _MOST_DEPTH
         line_bytes = 128 * (tile_n + (0 if local else x_rows))

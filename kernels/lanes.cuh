@@ -27,7 +27,8 @@ template <class Left, class Right>
 __device__ __forceinline__ float sum_by_lanes(const Order& order, int count, Left left, Right right) {
     const int vector = order.vector ? order.vector : (count + order.lanes - 1) / order.lanes;
     float total = 0.0f;
-    float one = 0.0f, two = 0.0f, four = 0.0f, eight = 0.0f, sixteen = 0.0f;  // sums of so many lanes that wait for their other half
+    // sums of 1, 2, 4, ... lanes that wait for their other half
+    float one = 0.0f, two = 0.0f, four = 0.0f, eight = 0.0f, sixteen = 0.0f, many = 0.0f, most = 0.0f;
     for (int n = 0, lane = 0; n < order.lanes; ++n) {
         float sum = 0.0f;
         for (int start = lane * vector; start < count; start += order.lanes * vector) {
@@ -44,7 +45,9 @@ __device__ __forceinline__ float sum_by_lanes(const Order& order, int count, Lef
         waits = meet(two, sum, n & 2, waits);
         waits = meet(four, sum, n & 4, waits);
         waits = meet(eight, sum, n & 8, waits);
-        meet(sixteen, sum, n & 16, waits);
+        waits = meet(sixteen, sum, n & 16, waits);
+        waits = meet(many, sum, n & 32, waits);
+        meet(most, sum, n & 64, waits);
         total = sum;
         int bit = order.lanes / 2;
         for (; lane & bit; bit /= 2) lane ^= bit;

@@ -50,8 +50,8 @@ BLOCKS = Order()
 def orders(products: int, queries: int, keys: int) -> tuple[Order, Order]:
     """The orders of q k^T and of weights times V for ``products`` products (batch times query heads) in one call.
 
-    Measured for 4, 16 and 128 products at the numbers of keys that ``data/attention_orders.json`` lists; between them, and for
-    other numbers of products, the nearest measured ones below are taken.
+    Measured for some numbers of products, told apart by the numbers of keys (odd, even, divisible by 4), as
+    ``data/attention_orders.json`` says; between measured sizes the nearest measured one below is taken.
     """
     if keys % 8 == 0:
         return BLOCKS, BLOCKS
@@ -59,10 +59,11 @@ def orders(products: int, queries: int, keys: int) -> tuple[Order, Order]:
     table = record["several_queries" if queries > 1 else "single_query"]
     counts = sorted(map(int, table))
     runs = table[str(max((count for count in counts if count <= products), default=counts[0]))]
+    name = "odd" if keys % 2 else "four" if keys % 4 == 0 else "even"
     if queries > 1:
-        tile, block = _run(runs["odd" if keys % 2 else "even"], keys)
+        tile, block = _run(runs[name], keys) or (0, 16)
         return Order(block=block), Order(tile=tile, block=block)
-    scores, values = (_run(runs[kind], keys) for kind in ("scores", "values"))
+    scores, values = (_run(runs[kind][name], keys) or () for kind in ("scores", "values"))
     return Order(*scores), Order(*values)
 
 
@@ -112,8 +113,8 @@ def _by_lanes(a: np.ndarray, b: np.ndarray, order: Order) -> Float32Array:
 
 
 def _run(runs: list[list[Any]], keys: int) -> Any:
-    """The entry of the last run that begins at or below this number of keys."""
-    return next((entry for first, entry in reversed(runs) if first <= keys), runs[0][1])
+    """The entry of the last run that begins at or below this number of keys, of the first one if none does; None without runs."""
+    return next((entry for first, entry in reversed(runs) if first <= keys), runs[0][1] if runs else None)
 
 
 @functools.cache
