@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--products", type=int, nargs="*", default=PRODUCTS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    start, unknown = time.time(), []
+    start = time.time()
+    unknown: Unknown = []
     single: dict[str, Any] = {}
     several: dict[str, Any] = {}
     for products in arguments.products:
@@ -45,12 +46,12 @@ def main() -> None:
         for keys in KEYS:
             if keys % 8:
                 for kind in ("scores", "values"):
-                    runs, label = single[str(products)][kind][class_of(keys)], f"{kind}, {products} products, 1 x {keys}"
+                    runs, label = single[str(products)][kind][class_of(keys)], f"{kind}, {products} products, one query"
                     append(runs, keys, (*LANES, (0, 0, False)), single_query(kind, products, keys), unknown, label)
         print(f"{products} products, one query: {time.time() - start:.1f} s", flush=True)
         for keys in sorted(set(PROMPTS)):
             if keys % 8 and products * keys * keys < 3e8:
-                runs, label = several[str(products)][class_of(keys)], f"{products} products, {keys} x {keys}"
+                runs, label = several[str(products)][class_of(keys)], f"{products} products, prompts"
                 append(runs, keys, BLOCKS, prompt(products, keys), unknown, label)
         print(f"{products} products, prompts: {time.time() - start:.1f} s", flush=True)
     record: dict[str, Any] = versions() | {
@@ -61,10 +62,10 @@ def main() -> None:
         "single_query": single,
         "several_queries": several,
         "one_slice": ["512x256", "256x256", "256x512", "768x256", "256x768", "151936x1024"],
-        "not_described": unknown,
+        "not_described": in_runs(unknown),
     }
     (arguments.out / "attention_orders.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    print(f"{len(unknown)} shapes have an order of no known kind: {unknown[:20]}", flush=True)
+    print(f"{len(unknown)} shapes have an order of no known kind: {record['not_described']}", flush=True)
 
 
 CLASSES = ("odd", "even", "four")
@@ -75,24 +76,39 @@ def class_of(keys: int) -> str:
 
 
 Matches = Callable[[tuple[Any, ...]], bool]
+Unknown = list[tuple[str, int]]
 
 
-def append(runs: list[Any], keys: int, orders: Iterable[tuple[Any, ...]], matches: Matches, unknown: list[str], label: str) -> None:
+def append(runs: list[Any], keys: int, orders: Iterable[tuple[Any, ...]], matches: Matches, unknown: Unknown, label: str) -> None:
     """A new run where the last one's order does not explain the counts any more."""
     if runs and matches(tuple(runs[-1][1])):
         return
     found = next((order for order in orders if matches(order)), None)
     if found is None:
-        unknown.append(label)
+        unknown.append((label, keys))
     else:
         runs.append([keys, list(found)])
+
+
+def in_runs(unknown: Unknown) -> dict[str, list[list[int]]]:
+    """First and last numbers of keys, by what was multiplied; a run goes on over the multiples of 8 between."""
+    found: dict[str, list[list[int]]] = {}
+    for label, keys in unknown:
+        runs = found.setdefault(label, [])
+        if runs and keys - runs[-1][1] <= 2:
+            runs[-1][1] = keys
+        else:
+            runs.append([keys, keys])
+    return found
 
 
 @functools.cache
 def probes(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (i, j), and the rows [pairs, n] with +LARGE at i, -LARGE at j and at most 256 ones elsewhere."""
-    near = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (0, 128)]
-    chosen = [*near, (0, n - 1), (1, n // 2), (3, n - 2), (n // 3, n // 2)]
+    near = [(0, 1), (0, 2), (0, 3), (0, 4), (0, 8), (0, 16), (0, 32), (0, 64), (0, 128)]
+    chosen = [*near, (0, n - 1), (1, n // 2), (3, n - 2), (n // 3, n // 2), (n // 2 - 1, n // 2)]
+    if n <= 16:  # few keys leave few differences between orders: every pair
+        chosen = [(i, j) for j in range(n) for i in range(j)]
     pairs = np.array(sorted({(min(p), max(p)) for p in chosen if 0 <= min(p) < max(p) < n}))
     rows = np.zeros((len(pairs), n), np.float32)
     rows[:, :: -(-n // 256)] = 1
