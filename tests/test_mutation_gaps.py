@@ -119,6 +119,12 @@ def test_the_table_is_the_one_measured() -> None:
     assert counts == {-2: 8, -1: 2_344_391, 0: 13_143_086, 1: 1_289_731}
 
 
+def test_the_ends_of_the_table() -> None:
+    """As the H200 gave them: 1 exactly, the next and the last but one a unit below the correct root, the last exactly."""
+    codes = np.array([0x3F800000, 0x3F800001, 0x407FFFFE, 0x407FFFFF], np.uint32)
+    assert rsqrt.rsqrt(codes.view(F)).view(np.uint32).tolist() == [0x3F800000, 0x3F7FFFFE, 0x3F000000, 0x3F000000]
+
+
 def test_binades_repeat_by_powers_of_four() -> None:
     x = np.arange(0x3F800000, 0x40800000, 4001, dtype=np.uint32).view(F)
     first = rsqrt.rsqrt(x)
