@@ -55,16 +55,12 @@ def orders(products: int, queries: int, keys: int) -> tuple[Order, Order]:
     """
     if keys % 8 == 0:
         return BLOCKS, BLOCKS
-    record = _record()
-    table = record["several_queries" if queries > 1 else "single_query"]
+    table = _record()["several_queries" if queries > 1 else "single_query"]
     counts = sorted(map(int, table))
     runs = table[str(max((count for count in counts if count <= products), default=counts[0]))]
     name = "odd" if keys % 2 else "four" if keys % 4 == 0 else "even"
-    if queries > 1:
-        tile, block = _run(runs[name], keys) or (0, 16)
-        return Order(block=block), Order(tile=tile, block=block)
-    scores, values = (_run(runs[kind][name], keys) or () for kind in ("scores", "values"))
-    return Order(*scores), Order(*values)
+    scores, values = (Order(*_run(runs[kind][name], keys)) for kind in ("scores", "values"))
+    return scores, values
 
 
 def one_slice(n: int, k: int) -> bool:
@@ -112,9 +108,9 @@ def _by_lanes(a: np.ndarray, b: np.ndarray, order: Order) -> Float32Array:
     return result
 
 
-def _run(runs: list[list[Any]], keys: int) -> Any:
-    """The entry of the last run that begins at or below this number of keys, of the first one if none does; None without runs."""
-    return next((entry for first, entry in reversed(runs) if first <= keys), runs[0][1] if runs else None)
+def _run(runs: list[list[Any]], keys: int) -> tuple[Any, ...]:
+    """The order of the last run that begins at or below this number of keys, of the first one if none does; blocks without runs."""
+    return next((tuple(order) for first, order in reversed(runs) if first <= keys), tuple(runs[0][1]) if runs else ())
 
 
 @functools.cache

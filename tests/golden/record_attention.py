@@ -23,11 +23,16 @@ PRODUCTS = (4, 8, 16, 32, 64, 128, 256)
 KEYS = range(1, 2401)
 PROMPTS = (*range(2, 301), *range(301, 2400, 31), *range(302, 2400, 62), 1023, 1025, 1026, 2047, 2049, 2050)
 # lanes, vector, ascending, tile, block: as cufuse.emulation.attention_products.Order; the first that explains the counts is taken
-LANES = (
-    (32, 4, False), (16, 8, False), (32, 1, False), (32, 16, False), (16, 1, True), (8, 1, False), (16, 1, False), (2, 0, True),
-    (4, 1, False), (64, 1, False), (32, 8, False), (32, 2, False), (64, 4, False), (128, 1, False), (16, 4, False), (8, 4, False),
+LANES = tuple(
+    (*lanes, 0, 16)
+    for lanes in (
+        (32, 4, False), (16, 8, False), (32, 1, False), (32, 16, False), (16, 1, True), (8, 1, False), (16, 1, False),
+        (2, 0, True), (4, 1, False), (64, 1, False), (32, 8, False), (32, 2, False), (64, 4, False), (128, 1, False),
+        (16, 4, False), (8, 4, False), (32, 0, False), (8, 0, False), (8, 64, False), (4, 0, False), (4, 64, False), (4, 0, True), (2, 1, True),
+    )
 )  # fmt: skip
-BLOCKS = ((32, 16), (64, 16), (128, 16), (256, 16), (32, 8), (0, 16))
+BLOCKS = tuple((0, 0, False, *blocks) for blocks in ((32, 16), (64, 16), (128, 16), (256, 16), (32, 8), (0, 16), (0, 8), (16, 16)))
+ORDERS = {"single_query": (*LANES, *BLOCKS), "several_queries": (*BLOCKS, *LANES)}
 
 
 def main() -> None:
@@ -38,29 +43,24 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     unknown: Unknown = []
-    single: dict[str, Any] = {}
-    several: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {name: {} for name in ORDERS}
     for products in arguments.products:
-        single[str(products)] = {kind: {name: [] for name in CLASSES} for kind in ("scores", "values")}
-        several[str(products)] = {name: [] for name in CLASSES}
-        for keys in KEYS:
-            if keys % 8:
+        for name, sizes in (("single_query", KEYS), ("several_queries", sorted(set(PROMPTS)))):
+            runs = tables[name][str(products)] = {kind: {one: [] for one in CLASSES} for kind in ("scores", "values")}
+            for keys in sizes:
+                queries = 1 if name == "single_query" else keys
+                if keys % 8 == 0 or products * queries * keys >= 3e8:
+                    continue
                 for kind in ("scores", "values"):
-                    runs, label = single[str(products)][kind][class_of(keys)], f"{kind}, {products} products, one query"
-                    append(runs, keys, (*LANES, (0, 0, False)), single_query(kind, products, keys), unknown, label)
-        print(f"{products} products, one query: {time.time() - start:.1f} s", flush=True)
-        for keys in sorted(set(PROMPTS)):
-            if keys % 8 and products * keys * keys < 3e8:
-                runs, label = several[str(products)][class_of(keys)], f"{products} products, prompts"
-                append(runs, keys, BLOCKS, prompt(products, keys), unknown, label)
-        print(f"{products} products, prompts: {time.time() - start:.1f} s", flush=True)
+                    label = f"{kind}, {products} products, {'one query' if queries == 1 else 'prompts'}"
+                    append(runs[kind][class_of(keys)], keys, ORDERS[name], explains(kind, products, queries, keys), unknown, label)
+            print(f"{products} products, {name}: {time.time() - start:.1f} s", flush=True)
     record: dict[str, Any] = versions() | {
         "script": "tests/golden/record_attention.py",
-        "meaning": "products -> class of the number of keys (odd, even, four: divisible by 4) -> [first number of keys, order] up "
-        "to the next entry's; order: [lanes, vector, ascending] for one query (lanes 0: blocks), [tile, block] for several; "
-        "multiples of 8 take blocks of 16. one_slice: see record_orders.py",
-        "single_query": single,
-        "several_queries": several,
+        "meaning": "products -> scores or values -> class of the number of keys (odd, even, four: divisible by 4) -> [first number "
+        "of keys, order] up to the next entry's; order: [lanes, vector, ascending, tile, block]; multiples of 8 take blocks of 16. "
+        "one_slice: see record_orders.py",
+        **tables,
         "one_slice": ["512x256", "256x256", "256x512", "768x256", "256x768", "151936x1024"],
         "not_described": in_runs(unknown),
     }
@@ -172,19 +172,13 @@ def counts(kind: str, products: int, queries: int, keys: int) -> tuple[float, ..
     return tuple(torch.matmul(weights, values)[0, 0, 0, : len(rows)].tolist())
 
 
-def single_query(kind: str, products: int, keys: int) -> Matches:
-    """Whether an order [lanes, vector, ascending] gives the measured counts; lanes 0: blocks."""
+def explains(kind: str, products: int, queries: int, keys: int) -> Matches:
+    """Whether an order gives the counts that are measured here."""
     n = HEAD_DIM if kind == "scores" else keys
     if n == 1:
         return lambda order: True
-    measured = counts(kind, products, 1, keys)
-    return lambda order: (by_lanes(n, *order) if order[0] else by_blocks(n, 0, 16)) == measured
-
-
-def prompt(products: int, keys: int) -> Matches:
-    """Whether an order [tile, block] gives the counts of both products."""
-    scores, values = counts("scores", products, keys, keys), counts("values", products, keys, keys)
-    return lambda order: by_blocks(HEAD_DIM, 0, order[1]) == scores and by_blocks(keys, *order) == values
+    measured = counts(kind, products, queries, keys)
+    return lambda order: (by_lanes(n, *order[:3]) if order[0] else by_blocks(n, *order[3:])) == measured
 
 
 if __name__ == "__main__":
