@@ -83,11 +83,9 @@ class _Plan:
         if self._contiguous:
             self._launch(*pointers)
             return
-        import cupy
-
         x, out, *random = arrays
-        inputs = [cupy.ascontiguousarray(array) for array in (x, *random)]
-        dense = out if out.flags.c_contiguous else cupy.empty(out.shape, out.dtype)
+        inputs = [launch.contiguous(array, name) for array, name in zip((x, *random), ("x", "random bits"), strict=False)]
+        dense = out if out.flags.c_contiguous else launch.temporary(out.shape, out.dtype, "cast")
         self._launch(inputs[0].data.ptr, dense.data.ptr, *(array.data.ptr for array in inputs[1:]))
         if dense is not out:
             out[...] = dense

@@ -35,10 +35,8 @@ def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -
     if result.flags.c_contiguous:
         _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices)
         return result
-    import cupy
-
     with launch.on_device(result.device.id):
-        dense = cupy.empty((len(rows), n), result.dtype)
+        dense = launch.temporary((len(rows), n), result.dtype, "product")
         _gpu_linear.linear(rows, weight, dense, slices)
         code = "u2" if result.itemsize == 2 else "u4"
         result.view(code)[...] = dense.view(code).reshape(result.shape)

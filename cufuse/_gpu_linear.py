@@ -69,8 +69,7 @@ def linear(
             problem = describe(x, weight, out, alignment, k_slices, device, programmatic=programmatic)
             plan = _plans[key] = Plan(problem, device, configuration)
         workspace = launch.workspace(device, plan.workspace_bytes) if plan.workspace_bytes else 0
-        for prepared, arguments in plan.launches(*pointers, workspace):
-            prepared(arguments)
+        launch.one_by_one(plan.launches(*pointers, workspace))
     return out
 
 

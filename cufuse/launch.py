@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import math
 import pkgutil
 import tempfile
 import threading
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cufuse
 from cufuse import _driver, compiler
 from cufuse.compiler import ARCHITECTURES, Kernel, KernelCompileError
 
 __all__ = [
-    "Kernel", "KernelCompileError", "NoGpuError", "Prepared", "counters", "kernels", "prepare", "resource_table", "workspace",
+    "Kernel", "KernelCompileError", "NoGpuError", "Prepared", "contiguous", "counters", "kernels", "one_by_one", "prepare",
+    "resource_table", "temporary", "workspace",
 ]  # fmt: skip
 
 _KERNEL_MODULES = "_gpu_"
@@ -236,21 +240,55 @@ def _make_context_current(device: int) -> None:
         runtime.free(0)
 
 
-_workspaces: dict[tuple[int, int], list[Any]] = {}
+_workspaces: dict[tuple[int, int, str], list[Any]] = {}
 
 
-def workspace(device: int, size: int) -> int:
-    """Pointer to at least ``size`` bytes that belong to CuPy's current stream on ``device``.
+def workspace(device: int, size: int, purpose: str = "") -> int:
+    """Pointer to at least ``size`` bytes that belong to CuPy's current stream on ``device``, others for each ``purpose``.
 
     Launches of one stream share it, one after the other. It only ever grows, and outgrown ones are kept: a captured graph
     holds their addresses. Graphs captured on one stream must therefore not be replayed at the same time.
     """
     cupy = _cupy()
-    held = _workspaces.setdefault((device, cupy.cuda.get_current_stream().ptr), [])
+    held = _workspaces.setdefault((device, cupy.cuda.get_current_stream().ptr, purpose), [])
     if not held or held[-1].nbytes < size:
         with _driver.relaxed_capture():
             held.append(cupy.empty(max(size, 2 * held[-1].nbytes if held else 1 << 20), "u1"))
     return int(held[-1].data.ptr)
+
+
+def temporary(shape: tuple[int, ...], dtype: Any, purpose: str) -> Any:
+    """An array on the current device for what a call needs in between; ``purpose`` tells apart what it needs at the same time.
+
+    From CuPy's pool; in a capture from the stream's ``workspace``, for the graph holds its address when the call is long over.
+    """
+    cupy = _cupy()
+    if not cupy.cuda.get_current_stream().is_capturing():
+        return cupy.empty(shape, dtype)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    device = current_device()
+    memory = cupy.cuda.UnownedMemory(workspace(device, size, purpose), size, None, device)
+    return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
+
+
+def contiguous(array: Any, purpose: str) -> Any:
+    """The array itself where it is C-contiguous, else a copy as ``temporary`` makes it."""
+    if array.flags.c_contiguous:
+        return array
+    code = np.dtype(f"u{array.itemsize}")  # bits as they are: CuPy copies bfloat16 and flushes nothing that way
+    dense = temporary(array.shape, array.dtype, purpose)
+    dense.view(code)[...] = array.view(code)
+    return dense
+
+
+_launching = threading.Lock()
+
+
+def one_by_one(launches: Iterable[tuple[Prepared, bytes]]) -> None:
+    """An operation's launches on the current stream, without another thread's between them: they share the workspace."""
+    with _launching:
+        for prepared, arguments in launches:
+            prepared(arguments)
 
 
 _COUNTER_BYTES = 4096
@@ -265,13 +303,18 @@ def counters(device: int) -> int:
     """
     cupy = _cupy()
     key = (device, cupy.cuda.get_current_stream().ptr)
-    held = _counters.get(key)
-    if held is None:
-        with _driver.relaxed_capture():
-            held = cupy.empty(_COUNTER_BYTES, "u1")
-            # on a stream of its own, so that a capture does not take it for a part of the graph
-            with cupy.cuda.Stream(non_blocking=True) as apart:
-                cupy.cuda.runtime.memsetAsync(held.data.ptr, 0, _COUNTER_BYTES, apart.ptr)
-                apart.synchronize()
-        _counters[key] = held
-    return int(held.data.ptr)
+    if key not in _counters:
+        with _making_counters:
+            if key not in _counters:
+                with _driver.relaxed_capture():
+                    # not from the pool, where work of the block's former owner may still be to come
+                    made = cupy.cuda.MemoryPointer(cupy.cuda.Memory(_COUNTER_BYTES), 0)
+                    # on a stream of its own, so that a capture does not take it for a part of the graph
+                    with cupy.cuda.Stream(non_blocking=True) as apart:
+                        cupy.cuda.runtime.memsetAsync(made.ptr, 0, _COUNTER_BYTES, apart.ptr)
+                        apart.synchronize()
+                _counters[key] = made
+    return int(_counters[key].ptr)
+
+
+_making_counters = threading.Lock()
