@@ -81,7 +81,7 @@ class Plan:
         types = Types(wide["x"], wide.get("residual", False), wide["weight"], arrays[0].itemsize == 4)
         chosen = configuration(norm, rows.rows, columns, chunk, types, residual_sum, launch.multiprocessors(device))
         _require_shared_memory(chosen.kernel, columns, device)
-        self.prepared = launch.prepare(chosen.kernel, device, -(-rows.rows // chosen.rows_per_block), programmatic=programmatic)
+        self.prepared = launch.prepare(chosen.kernel, device, chosen.blocks, programmatic=programmatic)
         self._numbers = _NUMBERS.pack(
             rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps),
             next_begins_early, 0,
@@ -120,7 +120,9 @@ def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, r
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            plan = _plans[key] = Plan(outs, inputs, alignment, eps, norm, residual_sum, device)
+            # the kernel waits before it reads anything, so that only the launch overlaps with the kernel in front
+            overlaps = launch.capability(device) >= 90
+            plan = _plans[key] = Plan(outs, inputs, alignment, eps, norm, residual_sum, device, programmatic=overlaps)
         plan.overlap.check(pointers)
         plan.prepared(plan.arguments(pointers))
 
@@ -148,7 +150,7 @@ def _kernels() -> tuple[Kernel, ...]:
         add(recipe, 64, 4096)
     for recipe in (RECIPES[name] for name in ("torch", "vllm-0.19", "flashinfer", "llama.cpp")):
         add(recipe, 64, 4096, residual=True)
-    for rows, columns in ((1, 4096), (512, 128), (64, 1001)):
+    for rows, columns in ((1, 4096), (2048, 4096), (512, 128), (64, 1001)):
         add(RECIPES["torch"], rows, columns)
     return tuple(found.values())
 

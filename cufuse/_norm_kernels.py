@@ -21,6 +21,8 @@ _BLOCK_BYTES: Final = 100_000
 """Most bytes of rows in all threads of a block: 40 % of the registers, beyond which some are spilled."""
 _WARP_COLUMNS: Final = 2048
 """Longest row that one warp normalises alone: beyond, its few loads under way cost more than a block's barriers."""
+_LIGHT_COLUMNS: Final = 8192
+"""Longest row of bfloat16 for which 32 registers suffice to each thread of the schedule DIRECT 0."""
 _ROOMY_SMEM: Final = 1 << 16
 
 
@@ -34,10 +36,10 @@ class Types(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A kernel, the rows that one of its blocks normalises, its dynamic shared memory, and what the mean is formed with."""
+    """A kernel, the blocks of its grid, and what the mean is formed with."""
 
     kernel: Kernel
-    rows_per_block: int
+    blocks: int
     mean_operand: np.float32
 
 
@@ -50,52 +52,69 @@ def configuration(
     residual_sum: str | None = None,
     multiprocessors: int = 132,
     direct: bool | None = None,
+    group: int | None = None,
 ) -> Configuration:
     """The kernel for [rows, columns].
 
     chunk : elements of a global access that all pointers and strides allow. residual_sum : the recipe's, None without a
-    residual. multiprocessors : of the device; few rows are spread over more threads. direct : None chooses the schedule, True
-    and False demand one (for measurements; True only where the row fits the registers).
+    residual. multiprocessors : of the device; few rows are spread over more threads.
+    direct, group : None choose the schedule; for measurements they demand one: whether registers hold the row (which it has to
+    fit), and the threads of a row that goes through shared memory.
     Raises ValueError for orders and sizes that no kernel has.
     """
     order = order_of(norm, residual_sum)
     sums = order_defines(order, rows, columns)
     wide = types.x if residual_sum is None else residual_sum != "rounded"
-    possible = _fits_registers(sums, columns, chunk, wide)
+    few = rows <= multiprocessors
     if direct is None:
-        direct = possible and (sums["SUM_THREADS"] > 64 or columns <= _WARP_COLUMNS)
-    elif direct and not possible:
+        direct = _schedule(sums, columns, chunk, wide)
+    elif direct and not _fits_registers(sums, columns, chunk, wide):
         raise ValueError(f"a thread cannot hold its part of {columns} columns in registers (order {order!r}, chunk {chunk})")
-    smem = 4 * scratch_floats(sums)
+    smem, resident = 4 * scratch_floats(sums), 1
     if direct:
-        chunk, group = sums["SUM_VECTOR"], -(-sums["SUM_THREADS"] // 32) * 32
+        chunk, group = sums["SUM_VECTOR"], _group(sums)
         rows_per_block = 1 if group > 32 else 8 if columns <= 512 else 4
         smem = smem if group > 32 else 0
     else:
         smem += -(-columns * (4 if wide else 2) // 16) * 16
-        few = rows <= multiprocessors or smem > _ROOMY_SMEM
-        group, rows_per_block = min(512 if few else 256, -(-columns // chunk // 32) * 32 or 32), 1
+        # one row's latency is what counts: 512 threads help it where more than 64 of them sum
+        most = group or (512 if smem > _ROOMY_SMEM or (few and sums["SUM_THREADS"] > 64) else 256)
+        group, rows_per_block = min(most, -(-columns // chunk // 32) * 32 or 32), 1
+        if not few and not any(types) and residual_sum is None and columns <= _LIGHT_COLUMNS:
+            resident = 2048 // group if group >= 128 else 1
     defines: dict[str, int | str] = {"COLUMNS": columns, **sums}
     defines |= {"GROUP": group, "ROWS": rows_per_block, "CHUNK": chunk, "DIRECT": int(direct)}
+    defines |= {"FEW_ROWS": int(few), "BLOCKS": resident}
     defines |= point_defines(norm)
     defines |= {"X_FLOAT32": int(types.x), "RESIDUAL": RESIDUAL[residual_sum], "RESIDUAL_FLOAT32": int(types.residual)}
     defines |= {"WEIGHT_FLOAT32": int(types.weight), "OUT_FLOAT32": int(types.out)}
     name = _name(order, point_names(norm), defines)
     kernel = Kernel(name, "rms_norm.cu", "rms_norm", tuple(defines.items()), group * rows_per_block, smem)
-    return Configuration(kernel, rows_per_block, mean_operand(norm, rows, columns))
+    return Configuration(kernel, -(-rows // rows_per_block), mean_operand(norm, rows, columns))
+
+
+def _schedule(sums: dict[str, int], columns: int, chunk: int, wide: bool) -> bool:
+    """Whether registers hold the row: the macro DIRECT of rms_norm.cu."""
+    if columns > _WARP_COLUMNS and sums["SUM_THREADS"] <= 64:
+        return False
+    return _fits_registers(sums, columns, chunk, wide)
 
 
 def _fits_registers(sums: dict[str, int], columns: int, chunk: int, wide: bool) -> bool:
-    """Whether the schedule DIRECT 1 exists: each thread is a simulated one and keeps its vectors in registers."""
+    """Whether a schedule exists in which each thread is a simulated one and holds its part of a row."""
     threads, vector = sums["SUM_THREADS"], sums["SUM_VECTOR"]
     whole = columns % vector == 0 and not sums["SUM_EDGES"]
     chains = sums["SUM_CHAINS"] in (_CHAIN_ONE, _CHAIN_PAIRS, _CHAIN_BY_POSITION)
     # physical threads are whole warps: where the simulated ones are not, they may not take a second vector
     stepping = threads % 32 == 0 or columns <= threads * vector
-    group = -(-threads // 32) * 32
+    group = _group(sums)
     held = -(-columns // (vector * group)) * vector * (4 if wide else 2)
-    small = held <= min(_REGISTER_BYTES, _BLOCK_BYTES // group)
-    return whole and chains and stepping and 4 <= vector <= chunk and small
+    return whole and chains and stepping and 4 <= vector <= chunk and held <= min(_REGISTER_BYTES, _BLOCK_BYTES // group)
+
+
+def _group(sums: dict[str, int]) -> int:
+    """Physical threads of such a row."""
+    return -(-sums["SUM_THREADS"] // 32) * 32
 
 
 def order_of(norm: Norm, residual_sum: str | None) -> str:
@@ -158,7 +177,9 @@ def _name(order: str, points: list[str], defines: dict[str, int | str]) -> str:
     kinds = [("bfloat16", "float32")[int(defines[f"{array}_FLOAT32"])] for array in ("X", "RESIDUAL", "WEIGHT", "OUT")]
     x, residual, weight, out = kinds
     added = ("", f" + {residual} rounded", f" + {residual} stored rounded", f" + {residual} float32")[int(defines["RESIDUAL"])]
-    schedule = f"{defines['GROUP']}x{defines['ROWS']} {'registers' if defines['DIRECT'] else 'shared'} by {defines['CHUNK']}"
+    where = ("shared", "registers")[int(defines["DIRECT"])]
+    schedule = f"{defines['GROUP']}x{defines['ROWS']} {where} by {defines['CHUNK']}"
+    schedule += ", few rows" if defines["FEW_ROWS"] else f", {defines['BLOCKS']} blocks" if int(defines["BLOCKS"]) > 1 else ""
     return (
         f"rms_norm {order} {defines['SUM_THREADS']}, K {defines['COLUMNS']}, {x}{added}, {weight} w -> {out}, "
         f"{', '.join(points) or 'plain'}, {schedule}"

@@ -195,6 +195,52 @@ __device__ __forceinline__ float sum_of_own_vectors(const Pack<T, V> (&vectors)[
     return join_threads(join(chains), scratch);
 }
 
+__device__ constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
+
+// Row's sum by one warp without shared memory, whatever GROUP is: its lanes take whole vectors lane, lane + 32, ... in this order.
+// T is a multiple of 32, or no less than the number of vectors; no SUM_EDGES; CHAIN_ONE, _PAIRS or _BY_POSITION.
+struct SumByWarp {
+    static constexpr int SETS = SUM_LINES * SUM_REGISTERS;  // simulated threads of a lane: lane, lane + 32, ...
+    float chains[SETS][4] = {};
+
+    template <class T, int V>
+    __device__ __forceinline__ void add(const Pack<T, V>& vector, int step) {
+        static_assert(V == SUM_VECTOR && !SUM_EDGES && (SUM_ONE_CHAIN || SUM_CHAINS == CHAIN_BY_POSITION), "whole vectors");
+        static_assert(SUM_THREADS % 32 == 0 || COLUMNS <= SUM_THREADS * V, "lanes take what simulated threads take");
+        take(chains[step % SETS], vector);
+    }
+    // every lane returns it
+    __device__ __forceinline__ float total() const {
+        float v[SUM_REGISTERS];
+        if constexpr (SUM_TREE == TREE_LINES_FIRST) {
+            float column[SUM_LINES];
+#pragma unroll
+            for (int i = 0; i < SUM_REGISTERS; ++i) {
+#pragma unroll
+                for (int y = 0; y < SUM_LINES; ++y) column[y] = join(chains[y * SUM_REGISTERS + i]);
+                v[i] = halve_registers(column);
+            }
+            return pair_lanes(halve_registers(v));
+        } else {
+            float lines[power_of_two_from(SUM_LINES)] = {};
+#pragma unroll
+            for (int y = 0; y < SUM_LINES; ++y) {
+#pragma unroll
+                for (int i = 0; i < SUM_REGISTERS; ++i) v[i] = join(chains[y * SUM_REGISTERS + i]);
+                lines[y] = SUM_TREE == TREE_PAIRS ? pair_lanes(halve_registers(v)) : halve_lanes(halve_registers(v));
+            }
+            if constexpr (SUM_TREE == TREE_PAIRS) {
+                float total = lines[0];
+#pragma unroll
+                for (int y = 1; y < SUM_LINES; ++y) total = __fadd_rn(total, lines[y]);
+                return total;
+            } else {
+                return halve_registers(lines);
+            }
+        }
+    }
+};
+
 // one accumulator of a simulated thread with four by position, from the row in shared memory
 template <class T>
 __device__ __forceinline__ float chain_by_position(const T* row, int unit, int misplaced) {

@@ -208,15 +208,16 @@ def test_refusals(gpu: HostGpu) -> None:
         cufuse.rope(q, q, *tables, out=(out := host_gpu.empty((3, 2, 64), bfloat16), out))
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_both_schedules_have_the_same_bits(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_all_schedules_have_the_same_bits(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     real = _norm_kernels.configuration
 
     def demanded(*arguments: Any, **options: Any) -> _norm_kernels.Configuration:
         return real(*arguments, **options, direct=direct)
 
     monkeypatch.setattr(_gpu_norm, "configuration", demanded)
-    for name, rows in (("torch", 3), ("torch", 20), ("torch-rms-norm", 3), ("nano-vllm", 3), ("vllm-0.19", 3)):
+    calls = [("torch", 3), ("torch", 20), ("torch-rms-norm", 3), ("nano-vllm", 3), ("vllm-0.19", 3)]
+    for name, rows in calls:
         x, weight = inputs.heavy((rows, 512), rows), inputs.norm_weight(512, 2, 96.5)
         demand_same(f"{name}, direct {direct}", cufuse.rms_norm, x, weight, recipe=RECIPES[name])
         assert dict(gpu.launched[-1].defines)["DIRECT"] == direct
