@@ -26,6 +26,22 @@ _ARGUMENTS: Final = struct.Struct("7P3q2f12i56x")
 _FIRST_BYTES: Final = 110 * 1024
 """Of the ring, asked for before the normalised rows are there, and no more than half a tile: about what memory delivers in the
 meantime (H200: more delays the rows, less leaves the memory idle). Half of it may be asked for while the kernel in front runs."""
+_RESIDENT_ROWS: Final = 16
+"""Most rows that every CTA normalises for itself instead of sharing the work; 0: one at most."""
+_RESIDENT_RING: Final = 96 * 1024
+"""Least bytes of the ring beside them, or a whole tile. On an H200 sharing is quicker where the rows leave 72 KB (K = 4096, 16
+rows: 16.6 us against 19.0), and this is where they leave 120 KB (the same K, 8 rows: 16.0 against 16.3)."""
+_RESIDENT_FIRST: Final = 110 * 1024
+"""Bytes of the ring asked for before these rows have come."""
+_AHEAD: Final = 0.25
+"""Of these, bytes asked for before the rows, to each byte of the rows: what memory delivers while the L2 does. (0, 0.25 and 0.5
+were alike within 1 % at K = 4096 and 8 rows.)"""
+_PIECES: Final = 4
+"""In which they come (the kernel's PIECES)."""
+_REGISTER_BYTES: Final = 640
+"""Most bytes of a row, its residual and its sum that a thread of such a kernel holds."""
+_BY_POSITION: Final = 2
+_WHOLE_VECTORS: Final = (0, 1, _BY_POSITION)  # SUM_CHAINS of sums.cuh
 _ROOM: Final = 12 * 1024
 """Shared memory of a multiprocessor that is left to the small kernels of the chain."""
 
@@ -48,6 +64,20 @@ class Rows:
         return 4 if self.residual_sum in ("stored rounded", "float32") else 2
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """Shared memory of a CTA: rows of y there (the macro ROWS), k of a stage, stages in the ring, their bytes, and places."""
+
+    resident: int
+    tile_k: int
+    depth: int
+    stage: int
+    barriers_at: int
+    row_at: int
+    y_at: int
+    size: int
+
+
 class Plan:
     """The launch for rows and a projection of fixed layouts. Raises Unsuited where the kernel cannot do it."""
 
@@ -56,48 +86,96 @@ class Plan:
     def __init__(self, rows: Rows, problem: Problem, eps: float, device: int, *, weights_ready: bool) -> None:
         p, recipe = problem, rows.recipe
         _require(rows, p)
-        local = rows.count == 1
         tile_n = _tile_width(p)
+        memory = _memory(rows, p, tile_n)
+        resident, depth = memory.resident, memory.depth
         x_rows = ceil_div(rows.count, 8) * 8
-        y_bytes = rows.columns * 2 + 2048 if local else 16
-        row_bytes = ceil_div(4 * scratch_floats(_sums(rows)) + rows.columns * rows.z_bytes + 16, 16) * 16
-        room = p.shared_memory - _ROOM - row_bytes - y_bytes - 16 * _MOST_DEPTH
-        line_bytes = 128 * (tile_n + (0 if local else x_rows))
-        # a long stage costs less, as long as four of them fit
-        tile_k = 256 if room // (4 * line_bytes) >= 4 else 128
-        stage = line_bytes * tile_k // _LINE
-        depth = min(room // stage, _MOST_DEPTH)
-        if depth < 2:
-            raise Unsuited("the shared memory does not hold two stages")
-        first = min(depth, max(1, min(_FIRST_BYTES, rows.columns * line_bytes // _LINE // 2) // stage))
-        early = max(1, first // 2) if weights_ready else 0
-        # products read 64 rows of y, of which the ring has x_rows
-        behind = 0 if local else max(0, 64 * 128 - x_rows * 128 - tile_k * 2 * tile_n)
-        barriers_at = depth * stage
-        row_at = barriers_at + 16 * depth
-        y_at = row_at + row_bytes
-        size = max(y_at + y_bytes, barriers_at + behind)
+        tile_bytes = rows.columns // _LINE * 128 * (tile_n + (0 if resident else x_rows))
+        some = min(depth, max(1, min(_FIRST_BYTES, tile_bytes // 2) // memory.stage))
+        early = max(1, some // 2) if weights_ready else 0
+        first, ahead = some, 0
+        if resident > 1:
+            ahead = min(depth, int(_AHEAD * resident * rows.columns * 2) // memory.stage)
+            first = min(depth, max(1, early, ahead, _RESIDENT_FIRST // memory.stage))
         tile_count = ceil_div(p.n, tile_n)
         grid = min(tile_count, p.multiprocessors)
-        self.prepared = launch.prepare(_kernel(rows, tile_n, tile_k), device, grid, threads=_THREADS, smem=size, programmatic=True)
-        weight_view = ((_LINE, p.n, p.k // _LINE), (p.weight_stride * 2, 128), (_LINE, tile_n, tile_k // _LINE))
-        y_view = ((_LINE, p.m, p.k // _LINE), (p.k * 2, 128), (_LINE, x_rows, tile_k // _LINE))
+        kernel = _kernel(rows, resident, tile_n, memory.tile_k)
+        self.prepared = launch.prepare(kernel, device, grid, threads=_THREADS, smem=memory.size, programmatic=True)
+        lines, pieces = memory.tile_k // _LINE, p.k // _LINE
+        weight_view = ((_LINE, p.n, pieces), (p.weight_stride * 2, 128), (_LINE, tile_n, lines))
+        x_view = ((_LINE, p.m, pieces), (p.k * 2, 128), (_LINE, x_rows, lines))
+        if resident > 1:
+            x_view = ((_LINE, p.m, pieces), (rows.strides[0] * 2, 128), (_LINE, x_rows, ceil_div(pieces, _PIECES)))
         numbers = (
             *rows.strides, float(mean_operand(recipe.norm, rows.count, rows.columns)), float(np.float32(eps)), p.m, p.n,
-            tile_count, x_rows, depth, p.pairs, early, first, 0, barriers_at, row_at, y_at,
+            tile_count, x_rows, depth, p.pairs, early, first, ahead, memory.barriers_at, memory.row_at, memory.y_at,
         )  # fmt: skip
 
         def pack(pointers: tuple[int, ...]) -> bytes:
             x, residual, norm_weight, normalised, total, ready, weight, out = pointers
-            weight_map = _driver.tensor_map(weight, *weight_view)
-            y_map = bytes(128) if local else _driver.tensor_map(normalised, *y_view)
-            return _ARGUMENTS.pack(x, residual, norm_weight, normalised, total, ready, out, *numbers) + weight_map + y_map
+            maps = _driver.tensor_map(weight, *weight_view)
+            maps += bytes(128) if resident == 1 else _driver.tensor_map(x if resident else normalised, *x_view)
+            return _ARGUMENTS.pack(x, residual, norm_weight, normalised, total, ready, out, *numbers) + maps
 
         self._pack: Callable[[tuple[int, ...]], bytes] = pack
 
     def launches(self, pointers: tuple[int, ...]) -> list[tuple[Any, bytes]]:
         """What to launch. pointers: x, residual, the norm's weight, normalised [M, K], total, two zeroed words, weight, out."""
         return [(self.prepared, self._pack(pointers))]
+
+
+def _memory(rows: Rows, p: Problem, tile_n: int) -> _Memory:
+    """All rows in every CTA where the ring keeps room enough beside them; otherwise one row, or rows that are shared."""
+    if _suits_warps(rows):
+        found = _divided(rows, p, tile_n, ceil_div(rows.count, 8) * 8)
+        whole = rows.columns // _LINE * 128 * tile_n
+        if found is not None and found.depth >= 3 and found.depth * found.stage >= min(_RESIDENT_RING, whole):
+            return found
+    found = _divided(rows, p, tile_n, int(rows.count == 1))
+    if found is None:
+        raise Unsuited("the shared memory does not hold two stages")
+    return found
+
+
+def _divided(rows: Rows, p: Problem, tile_n: int, resident: int) -> _Memory | None:
+    """Shared memory divided for so many rows of y in it; None where the ring gets no two stages."""
+    pieces = rows.columns // _LINE
+    x_rows = 0 if resident else ceil_div(rows.count, 8) * 8
+    in_front = y_bytes = row_bytes = 0
+    if resident > 1:
+        length = ceil_div(pieces, _PIECES)
+        in_front = ceil_div(pieces, length) * length * resident * 128
+        row_bytes = rows.columns * (4 if rows.weight_float32 else 2)
+    else:
+        y_bytes = rows.columns * 2 + 2048 if resident else 16
+        row_bytes = ceil_div(4 * scratch_floats(_sums(rows)) + rows.columns * rows.z_bytes + 16, 16) * 16
+    room = p.shared_memory - _ROOM - in_front - row_bytes - y_bytes - 16 * _MOST_DEPTH - 8 * _PIECES
+    line_bytes = 128 * (tile_n + x_rows)
+    # a long stage costs less, as long as four of them fit
+    tile_k = 256 if room // (4 * line_bytes) >= 4 else 128 if room // (2 * line_bytes) >= 3 or resident < 2 else 64
+    stage = line_bytes * tile_k // _LINE
+    depth = min(room // stage, _MOST_DEPTH)
+    if depth < 2:
+        return None
+    # products read 64 rows of y: behind those that are there lies the ring, or in its last stage what follows it
+    behind = 0 if resident else max(0, 64 * 128 - x_rows * 128 - tile_k * 2 * tile_n)
+    barriers_at = in_front + depth * stage
+    row_at = barriers_at + ceil_div(16 * depth + 8 * _PIECES, 16) * 16
+    y_at = 0 if resident > 1 else row_at + row_bytes
+    size = max(row_at + row_bytes + y_bytes, barriers_at + behind)
+    return _Memory(resident, tile_k, depth, stage, barriers_at, row_at, y_at, size)
+
+
+def _suits_warps(rows: Rows) -> bool:
+    """Whether each row can be summed by one warp that holds it in registers (SumByWarp of kernels/sums.cuh)."""
+    if not 1 < rows.count <= _RESIDENT_ROWS or rows.strides[0] <= 0:
+        return False
+    sums = _sums(rows)
+    threads, vector, chains = sums["SUM_THREADS"], sums["SUM_VECTOR"], sums["SUM_CHAINS"]
+    whole = vector >= 4 and chains in _WHOLE_VECTORS and not sums["SUM_EDGES"]
+    held = rows.columns // 32 * (rows.z_bytes + (0 if rows.residual_sum is None else 4 if rows.residual_float32 else 2))
+    held += ceil_div(threads, 32) * (16 if chains == _BY_POSITION else 4)
+    return whole and (threads % 32 == 0 or rows.columns <= threads * vector) and held <= _REGISTER_BYTES
 
 
 def _require(rows: Rows, p: Problem) -> None:
@@ -124,17 +202,17 @@ def _sums(rows: Rows) -> dict[str, int]:
     return order_defines(order_of(rows.recipe.norm, rows.residual_sum), rows.count, rows.columns)
 
 
-def _kernel(rows: Rows, tile_n: int, tile_k: int) -> Kernel:
+def _kernel(rows: Rows, resident: int, tile_n: int, tile_k: int) -> Kernel:
     norm = rows.recipe.norm
     defines: dict[str, int | str] = {"COLUMNS": rows.columns, **_sums(rows), **point_defines(norm)}
     defines |= {"X_FLOAT32": 0, "RESIDUAL": RESIDUAL[rows.residual_sum], "RESIDUAL_FLOAT32": int(rows.residual_float32)}
-    defines |= {"WEIGHT_FLOAT32": int(rows.weight_float32), "GROUP": _GROUP, "LOCAL": int(rows.count == 1)}
+    defines |= {"WEIGHT_FLOAT32": int(rows.weight_float32), "GROUP": _GROUP, "ROWS": resident}
     defines |= {"TILE_N": tile_n, "TILE_K": tile_k}
     order = f"{order_of(norm, rows.residual_sum)} {defines['SUM_THREADS']}"
     points = point_names(norm)
     points += [f"residual {'float32 ' if rows.residual_float32 else ''}{rows.residual_sum}"] if rows.residual_sum else []
     points += ["float32 w"] if rows.weight_float32 else []
-    many = "one row" if rows.count == 1 else "rows"
+    many = "one row" if resident == 1 else f"{resident} rows in each CTA" if resident else "rows"
     name = f"rms_norm_linear_sm90 {order}, K {rows.columns}, {', '.join(points) or 'plain'}, {many}, {tile_n} k{tile_k}"
     source, entry = "rms_norm_linear_sm90.cu", "rms_norm_linear_sm90"
     return Kernel(name, source, entry, tuple(defines.items()), _THREADS, capability=90, last=90)
@@ -144,17 +222,19 @@ def _kernels() -> tuple[Kernel, ...]:
     """A choice for compile tests and tables: Qwen3's hidden sizes and widths, and every named recipe that it serves."""
     found: dict[str, Kernel] = {}
 
-    def add(recipe: Recipe, count: int, columns: int, residual: bool, tile_n: int, tile_k: int) -> None:
-        rows = Rows(recipe, count, columns, recipe.residual_sum if residual else None, False, False, (0, 0, 0))
-        kernel = _kernel(rows, tile_n, tile_k)
+    def add(recipe: Recipe, count: int, columns: int, residual: bool, resident: int, tile_n: int, tile_k: int) -> None:
+        rows = Rows(recipe, count, columns, recipe.residual_sum if residual else None, False, False, (1, 0, 0))
+        resident = resident if resident < 2 or _suits_warps(rows) else 0
+        kernel = _kernel(rows, resident, tile_n, tile_k)
         found.setdefault(kernel.name, kernel)
 
     torch = RECIPES["torch"]
     for columns, tile_n in ((1024, 32), (2560, 48), (4096, 48), (5120, 80)):
-        for count in (1, 16):
-            add(torch, count, columns, False, tile_n, 256)
+        for count, resident in ((1, 1), (2, 8), (16, 16), (16, 0)):
+            add(torch, count, columns, False, resident, tile_n, 256)
     for recipe in (RECIPES[name] for name in ("torch-rms-norm", "vllm-0.19", "flashinfer", "gemma", "nano-vllm")):
-        add(recipe, 16, 4096, True, 64, 128)
+        for resident in (0, 16):
+            add(recipe, 16, 4096, True, resident, 64, 128)
     return tuple(found.values())
 
 

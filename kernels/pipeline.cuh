@@ -146,6 +146,11 @@ CUFUSE_INLINE void sync_threads(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
+// Arrival there for threads that do not wait.
+CUFUSE_INLINE void arrive_threads(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
 CUFUSE_INLINE u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -155,3 +160,4 @@ CUFUSE_INLINE u32 cluster_rank() {
 CUFUSE_INLINE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" : : : "memory");
 }
+

@@ -9,22 +9,25 @@
 // Warp 8 brings the weight, TILE_K at a time, into a ring of `depth` stages in shared memory, while warps 0 to 7 normalise; then
 // warps 0 to 3 multiply. The few loads of x go ahead of the queue of weights, which is kept short until y is there: what is asked
 // for later waits behind it.
-//   LOCAL 1: one row, which every CTA normalises for itself into its shared memory.
-//   LOCAL 0: row r is normalised by CTA r, which writes it to `normalised` and sets bit r of *ready; all CTAs wait for all rows and
-//            bring them into the ring beside the weight. A CTA that has waited long normalises what is missing itself: the bits are
-//            the same whoever does it, and no order in which CTAs begin can make them wait for ever.
+//   ROWS 1: one row, which every CTA normalises for itself into its shared memory.
+//   ROWS 8, 16, ..., 64: all rows (m rounded up) in every CTA's shared memory, where a warp normalises a row in place.
+//   ROWS 0: row r is normalised by CTA r, which writes it to `normalised` and sets bit r of *ready; all CTAs wait for all rows and
+//           bring them into the ring beside the weight. A CTA that has waited long normalises what is missing itself: the bits are
+//           the same whoever does it, and no order in which CTAs begin can make them wait for ever.
 //
 // Layouts: x, residual, total [m, K] with unit stride in a row; weight of the norm [K]; normalised [m, K]; weight [n, K], rows a
 // multiple of 16 bytes apart; out [m, n]. Rows are read 16 bytes at a time. Types: x, residual bfloat16 (RESIDUAL_FLOAT32: float32);
 // the norm's weight float32 where WEIGHT_FLOAT32. ready: two words that are zero before the first launch, and after each.
 //
-// Dynamic shared memory: the ring; 64-bit barriers, two a stage; at row_at the sum's scratch and z; with LOCAL y at y_at, with 1024
-// bytes behind it. Block: 288 threads. Grid: one CTA a multiprocessor at most, which take `tiles` tiles of TILE_N rows in turn.
+// Dynamic shared memory: with ROWS > 1 y, PIECES * PIECE_BYTES; the ring; 64-bit barriers, two a stage, and PIECES; at row_at the
+// norm's weight (ROWS > 1) or the sum's scratch and z; with ROWS 1 y at y_at, with 2048 bytes behind it. Block: 288 threads. Grid: one
+// CTA a multiprocessor at most, which take `tiles` tiles of TILE_N rows in turn.
 #define SUM_BARRIER() sync_threads(1, GROUP)
 #include "wgmma.cuh"
 #include "outputs.cuh"
 #include "norm.cuh"
 #include "residual.cuh"
+#include "ring.cuh"
 
 typedef Element<WEIGHT_FLOAT32 != 0>::type W;
 
@@ -32,7 +35,15 @@ constexpr int LINE = 64, LINES = TILE_K / LINE;  // k in a line of 128 bytes
 constexpr int CHUNK = 8, CHUNKS = COLUMNS / CHUNK, STEPS = (CHUNKS + GROUP - 1) / GROUP;
 constexpr int STAGES = (COLUMNS + TILE_K - 1) / TILE_K;
 constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;
+constexpr bool LOCAL = ROWS > 0, RESIDENT = ROWS > 1;
+// rows come in pieces, so that sums begin before all is there
+constexpr int PIECE_LINES = (COLUMNS / LINE + 3) / 4, PIECES = RESIDENT ? (COLUMNS / LINE + PIECE_LINES - 1) / PIECE_LINES : 0;
+constexpr u32 PIECE_BYTES = PIECE_LINES * ROWS * 128;
 constexpr int CONSUMERS = 128, THREADS = GROUP + 32;
+// Named barriers, beside SUM_BARRIER's. None has all threads of the block: tools take such a one for __syncthreads, which no branch
+// may part.
+constexpr int ROWS_ASKED_FOR = 2, ROWS_THERE = 3;  // warp 0 says so to warp 8
+constexpr int BARRIERS_THERE = 4;                  // warp 8 to warps 0 to 3; 5: to warps 4 to 7
 constexpr int PATIENCE = 1 << 14;  // looks at *ready before a CTA helps itself
 static_assert(GROUP == 256 && COLUMNS % LINE == 0, "warps 0 to 7 normalise whole lines");
 
@@ -52,32 +63,21 @@ struct Arguments {
     int pairs;    // two neighbouring outputs may be stored at once
     int early_stages;  // whose weights are fetched before the kernels in front of this one have ended
     int first_stages;  // and before y is there: no fewer, no more than the ring has
-    int padding;
+    int ahead_stages;  // RESIDENT: of these, asked for before the rows
     int barriers_at, row_at, y_at;  // bytes from the start of dynamic shared memory
-    TensorMap weight_map, x_map;
+    TensorMap weight_map, x_map;    // x_map: of x (RESIDENT) or of normalised
 };
 
 // The ring: a stage has LINES pieces of y (unless LOCAL), then LINES pieces of the weight.
 struct Ring {
-    u32 first, full, empty, x_line_bytes, stage_bytes;
+    u32 first, full, empty, pieces, x_line_bytes, stage_bytes;
 
     __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
-        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), x_line_bytes(LOCAL ? 0 : a.x_rows * 128),
+        : first(shared + PIECES * PIECE_BYTES), full(shared + a.barriers_at), empty(full + a.depth * 8),
+          pieces(empty + a.depth * 8), x_line_bytes(LOCAL ? 0 : a.x_rows * 128),
           stage_bytes(LINES * (x_line_bytes + WEIGHT_LINE_BYTES)) {}
     __device__ __forceinline__ u32 x(int slot, int line) const { return first + slot * stage_bytes + line * x_line_bytes; }
     __device__ __forceinline__ u32 weight(int slot, int line) const { return x(slot, LINES) + line * WEIGHT_LINE_BYTES; }
-};
-
-struct Place {
-    int slot;
-    u32 parity;
-
-    __device__ __forceinline__ void advance(int depth) {
-        if (++slot == depth) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
 };
 
 // A row's loads, all on their way at once.
@@ -143,11 +143,60 @@ static __device__ __forceinline__ void share_rows(const Arguments& a, Row& row, 
             row.read(a, r);
             SUM_BARRIER();  // the row before has been read
             row.normalise(a, shared_row, total_of(a, r), a.normalised + (long long)r * COLUMNS);
+            fence_global_for_copies();
+        }
+        SUM_BARRIER();
+    }
+}
+
+// By one thread, once its CTA has seen all rows: when all CTAs have, the words go back to zero for the next launch.
+static __device__ __forceinline__ void clear_words(u64* ready) {
+    if (count_published(ready + 1) == gridDim.x - 1) ready[0] = 0, ready[1] = 0;
+}
+
+#if ROWS > 1
+// Warps 0 to 7: rows warp, warp + 8, ... of y. They lie one above the other in lines of 64 k, with the swizzle of 128 bytes.
+static __device__ __forceinline__ void normalise_in_place(const Arguments& a, const Ring& ring, unsigned char* y, const W* weight) {
+    constexpr int V = SUM_VECTOR, VECTORS = COLUMNS / V, STEPS = (VECTORS + 31) / 32;
+    constexpr int STEP_LINES = 32 * V / LINE, STEP_BYTES = STEP_LINES * ROWS * 128;
+    // a longer row does not fit into the registers beside the rest: it is read twice
+    constexpr bool READ_TWICE = RESIDUAL == 0 && COLUMNS / 32 + SumByWarp::SETS * (SUM_ONE_CHAIN ? 1 : 4) > 160;
+    const int lane = threadIdx.x % 32, line = lane * V / LINE, in_line = lane * V % LINE * 2;
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < a.m; row += GROUP / 32) {
+        unsigned char* own = y + (line * ROWS + row) * 128 + (in_line ^ (row & 7) << 4);
+        Total* total = blockIdx.x == 0 ? total_of(a, row) : nullptr;
+        Pack<R, V> residual[RESIDUAL != 0 ? STEPS : 1];
+#pragma unroll
+        for (int i = 0; RESIDUAL != 0 && i < STEPS; ++i) {
+            const int vector = lane + 32 * i;
+            if (vector < VECTORS) residual[RESIDUAL != 0 ? i : 0] = load<V>(a.residual + row * a.residual_stride, vector);
+        }
+        Pack<Z, V> z[STEPS];
+        SumByWarp sum;
+        int there = 0;
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            for (; there < PIECES && there * PIECE_LINES < (i + 1) * STEP_LINES; ++there) barrier_wait(ring.pieces + there * 8, 0);
+            z[i] = {};
+            if (lane + 32 * i >= VECTORS) continue;
+            const Pack<X, V> x = load<V>(reinterpret_cast<const X*>(own + i * STEP_BYTES), 0);
+            z[i] = add_residual<V>(x, residual[RESIDUAL != 0 ? i : 0], total, lane + 32 * i);
+            sum.add(z[i], i);
+        }
+        const float r = reciprocal_root(sum.total(), a.mean_operand, a.eps);
+        if (READ_TWICE) __syncwarp();
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            if (lane + 32 * i >= VECTORS) continue;
+            if (READ_TWICE) z[i] = load<V>(reinterpret_cast<const Z*>(own + i * STEP_BYTES), 0);
+            store(reinterpret_cast<u16*>(own + i * STEP_BYTES), 0, weighted<u16>(z[i], load<V>(weight, lane + 32 * i), r));
         }
     }
-    // all have been seen by all: the words go back to zero for the next launch
-    if (threadIdx.x == 0 && count_published(a.ready + 1) == gridDim.x - 1) a.ready[0] = 0, a.ready[1] = 0;
+    fence_shared_for_copies();
+    SUM_BARRIER();
 }
+#endif
 
 struct Bringer {
     const Arguments& a;
@@ -160,6 +209,16 @@ struct Bringer {
     }
     __device__ __forceinline__ void bring_x(int stage, int slot) const {
         if (!LOCAL) copy_box(ring.x(slot, 0), &a.x_map, 0, 0, stage * LINES, ring.full + slot * 8, EVICT_NORMAL);
+    }
+    // RESIDENT: all rows of x to where y will be, and the norm's weight with the last piece of them.
+    __device__ __forceinline__ void bring_rows(u32 y, u32 norm_weight) const {
+#pragma unroll 1
+        for (int piece = 0; piece < PIECES; ++piece) {
+            const u32 barrier = ring.pieces + piece * 8, more = piece == PIECES - 1 ? COLUMNS * sizeof(W) : 0;
+            barrier_arrive_expecting(barrier, PIECE_BYTES + more);
+            copy_box(y + piece * PIECE_BYTES, &a.x_map, 0, 0, piece * PIECE_LINES, barrier, EVICT_NORMAL);
+            if (more > 0) copy_bytes(norm_weight, a.norm_weight, more, barrier, EVICT_NORMAL);
+        }
     }
     __device__ __forceinline__ void fill(int begin, int end) const {
 #pragma unroll 1
@@ -194,7 +253,8 @@ static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& 
             for (int line = 0; line < LINES; ++line) {
                 // y ends with K, and the weight of the stage's rest is zero
                 if (LOCAL && COLUMNS % TILE_K != 0 && stage * LINES + line >= COLUMNS / LINE) break;
-                const u64 x = LOCAL ? row_descriptor(y + (stage * LINES + line) * 128) : operand_descriptor(ring.x(place.slot, line));
+                const u32 y_line = y + (stage * LINES + line) * ROWS * 128;
+                const u64 x = ROWS == 1 ? row_descriptor(y_line) : operand_descriptor(RESIDENT ? y_line : ring.x(place.slot, line));
                 const u64 weight = operand_descriptor(ring.weight(place.slot, line));
 #pragma unroll
                 for (int step = 0; step < LINE / 16; ++step)
@@ -218,45 +278,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
     const Ring ring(a, shared);
     const Bringer bringer = {a, ring};
 
-    let_next_kernel_begin();
+    // With weights that are read so early the next kernel's may be read as early. Without, it begins when all before this one have
+    // ended, so that what they wrote is there for it.
+    const bool next_begins_early = a.early_stages > 0;
+    if (next_begins_early) let_next_kernel_begin();
+    unsigned char* row_memory = memory + a.row_at;
     if (threadIdx.x >= GROUP) {
         const bool sends = threadIdx.x == GROUP;
         if (sends) {
             fetch_tensor_map(&a.weight_map);
-            if (!LOCAL) fetch_tensor_map(&a.x_map);
-#pragma unroll 1
-            for (int slot = 0; slot < a.depth; ++slot) {
-                barrier_init(ring.full + slot * 8, 1);
-                barrier_init(ring.empty + slot * 8, 1);
-            }
-            barrier_init_fence();
-            bringer.fill(0, a.early_stages);
+            if (ROWS != 1) fetch_tensor_map(&a.x_map);
         }
+        for (int i = threadIdx.x % 32; i < 2 * a.depth + PIECES; i += 32) barrier_init(ring.full + i * 8, 1);
+        barrier_init_fence();
         __syncwarp();
+        if (sends) bringer.fill(0, a.early_stages);
+        __syncwarp();
+        arrive_threads(BARRIERS_THERE, 32 + CONSUMERS);
+        if (RESIDENT) arrive_threads(BARRIERS_THERE + 1, 32 + CONSUMERS);
         wait_for_previous_kernel();
-        sync_threads(2, THREADS);  // the loads of x are on their way
-        if (sends) bringer.fill(a.early_stages, a.first_stages);
-        __syncwarp();
-        sync_threads(3, THREADS);  // all rows of y are there
+        if (!next_begins_early) let_next_kernel_begin();
+        if (RESIDENT) {
+            if (sends) {
+                bringer.fill(a.early_stages, a.ahead_stages);
+                bringer.bring_rows(shared + a.y_at, shared + a.row_at);
+                bringer.fill(max(a.early_stages, a.ahead_stages), a.first_stages);
+                for (int piece = 0; piece < PIECES; ++piece) barrier_wait(ring.pieces + piece * 8, 0);
+            }
+        } else {
+            sync_threads(ROWS_ASKED_FOR, 64);
+            if (sends) bringer.fill(a.early_stages, a.first_stages);
+            __syncwarp();
+            sync_threads(ROWS_THERE, 64);
+        }
         if (sends) {
-            fence_global_for_copies();
+            if (ROWS == 0) {
+                fence_global_for_copies();
 #pragma unroll 1
-            for (int stage = 0; stage < min(a.first_stages, STAGES); ++stage) bringer.bring_x(stage, stage);
+                for (int stage = 0; stage < min(a.first_stages, STAGES); ++stage) bringer.bring_x(stage, stage);
+            }
             bringer.go_on();
         }
-    } else {
-        wait_for_previous_kernel();
-        Row row;
-        if (LOCAL || blockIdx.x < a.m) row.read(a, LOCAL ? 0 : blockIdx.x);
-        sync_threads(2, THREADS);
-        unsigned char* shared_row = memory + a.row_at;
-        if (LOCAL) {
-            row.normalise(a, shared_row, blockIdx.x == 0 ? total_of(a, 0) : nullptr, reinterpret_cast<u16*>(memory + a.y_at));
-            fence_shared_for_copies();
-        } else {
-            share_rows(a, row, shared_row, reinterpret_cast<u64*>(memory + a.y_at));
-        }
-        sync_threads(3, THREADS);
-        if (threadIdx.x < CONSUMERS) multiply(a, ring, shared + a.y_at);
+        return;
     }
+    if (RESIDENT) sync_threads(BARRIERS_THERE + threadIdx.x / CONSUMERS, 32 + CONSUMERS);
+    wait_for_previous_kernel();
+#if ROWS > 1
+    normalise_in_place(a, ring, memory + a.y_at, reinterpret_cast<const W*>(row_memory));
+#else
+    Row row;
+    if (LOCAL || blockIdx.x < a.m) row.read(a, LOCAL ? 0 : blockIdx.x);
+    if (threadIdx.x < 32) arrive_threads(ROWS_ASKED_FOR, 64);
+    if (LOCAL) {
+        row.normalise(a, row_memory, blockIdx.x == 0 ? total_of(a, 0) : nullptr, reinterpret_cast<u16*>(memory + a.y_at));
+        fence_shared_for_copies();
+        SUM_BARRIER();
+    } else {
+        share_rows(a, row, row_memory, reinterpret_cast<u64*>(memory + a.y_at));
+    }
+    if (threadIdx.x < 32) arrive_threads(ROWS_THERE, 64);
+    if (ROWS == 0 && threadIdx.x == GROUP - 1) clear_words(a.ready);  // a thread that nobody waits for
+    if (threadIdx.x < CONSUMERS) sync_threads(BARRIERS_THERE, 32 + CONSUMERS);
+#endif
+    if (threadIdx.x < CONSUMERS) multiply(a, ring, shared + a.y_at);
 }

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_linear, _gpu_qkv, _gpu_qkv_steps, launch
+from cufuse import _gpu_linear, _gpu_qkv, _gpu_qkv_chain, _gpu_qkv_steps, launch
 from cufuse.bf16 import bfloat16
 from tests import host_gpu, linear_on_host
 from tests.golden import inputs
 from tests.host_gpu import Array, HostGpu
+from tests.linear_on_host import demand_noticed
 from tests.test_device_path import RECIPES
-from tests.witnesses import demand_bits
+from tests.witnesses import demand_bits, same_bits
 
 pytestmark = pytest.mark.skipif(linear_on_host.COMPILER is None, reason="g++ is needed to run a kernel's text on the host")
 
@@ -132,6 +133,52 @@ def test_few_rows_in_one_launch(
     assert {kernel.source for kernel in gpu.launched} == {"heads.cu"}
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "hidden", "multiprocessors", "variant"),
+    [
+        ("torch", 16, 448, 4, "16 rows in each CTA"),
+        ("torch-rms-norm", 11, 192, 3, "16 rows in each CTA"),
+        ("vllm-0.19", 2, 576, 2, "8 rows in each CTA"),
+        ("flashinfer", 8, 320, 2, "8 rows in each CTA"),
+        ("nano-vllm", 5, 1088, 4, "8 rows in each CTA"),
+    ],
+)
+def test_few_rows_in_every_cta(
+    gpu: HostGpu, only_the_chain: None, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, hidden: int,
+    multiprocessors: int, variant: str,
+) -> None:  # fmt: skip
+    """A warp a row in each order of a sum, two rows a warp, pieces of unequal length."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    gpu.tensor_cores.launched.clear()
+    for seed, changed in ((1, {}), (2, {"residual": None, "static_weights": True})):
+        gpu.tensor_cores.seed = seed
+        demand_block(block(RECIPES[name], tokens=(tokens,), dimensions=128, seed=seed, hidden=hidden) | changed, f"seed {seed}")
+    assert all(f", {variant}, " in kernel.name for kernel in gpu.tensor_cores.launched)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("barrier_wait(ring.pieces + there * 8, 0)", "(void)there"),  # rows are read before they have come
+        ("(row & 7) << 4", "(row & 3) << 4"),  # written elsewhere than the products look for them
+        ("piece * PIECE_LINES, barrier", "0, barrier"),  # every piece the first one
+    ],
+)
+def test_faults_in_few_rows_are_noticed(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    given = block(RECIPES["torch"], tokens=(9,), dimensions=128, hidden=192) | {"residual": None}
+    expected = cufuse.rms_norm_qkv(**given)
+
+    def same(seed: int) -> bool:
+        monkeypatch.setattr(_gpu_qkv, "_calls", {})
+        gpu.tensor_cores.seed = seed
+        found = cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()})
+        return all(same_bits(one.host, other) for one, other in zip(found, expected, strict=True) if other is not None)
+
+    monkeypatch.setattr(gpu.tensor_cores, "change", gpu.tensor_cores.change)
+    demand_noticed(gpu.tensor_cores, right, wrong, same)
+
+
 @pytest.mark.parametrize(("name", "dimensions"), [("torch", 64), ("vllm-0.19", 96)])
 def test_what_a_warp_cannot_take_goes_one_by_one(gpu: HostGpu, name: str, dimensions: int) -> None:
     demand_block(block(RECIPES[name], dimensions=dimensions), name)
@@ -209,3 +256,60 @@ def test_repeated_calls_notice_what_changed(gpu: HostGpu, only_the_chain: None) 
         cufuse.rms_norm_qkv(**{**named, "recipe": "touch"})
     with pytest.raises(TypeError, match="heads is a list"):
         cufuse.rms_norm_qkv(**{**named, "heads": [4]})
+
+
+def test_a_mistake_in_the_chain_is_not_hidden(gpu: HostGpu, only_the_chain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Unsuited leads to the operations one by one."""
+    given = {name: on_gpu(value) for name, value in block(RECIPES["torch"], dimensions=128).items()}
+    for step in ("_norm_and_projection", "_heads"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_gpu_qkv_chain.Chain, step, lambda *arguments: int("planted"))
+            for _ in range(2):  # nor is it remembered
+                with pytest.raises(ValueError, match="planted"):
+                    cufuse.rms_norm_qkv(**given)
+    cufuse.rms_norm_qkv(**given)
+
+
+def spread(array: np.ndarray) -> Array:
+    """The same values with a gap behind each."""
+    host = np.zeros((*array.shape, 2), array.dtype)
+    host[..., 0] = array
+    return Array(host[..., 0])
+
+
+@pytest.mark.parametrize("dimensions", [128, 64])  # what a chain takes, and what goes one by one
+def test_strides_are_refused_before_anything_is_written(gpu: HostGpu, dimensions: int) -> None:
+    given = block(RECIPES["torch"], dimensions=dimensions)
+    expected = cufuse.rms_norm_qkv(**given)
+    named = {name: on_gpu(value) for name, value in given.items()}
+    outs = tuple(host_gpu.empty(one.shape, bfloat16) for one in expected)
+    arrays = ("x", "norm_weight", "qkv_weight", "q_norm_weight", "k_norm_weight", "cos", "sin", "residual")
+    for name in arrays:
+        with pytest.raises(ValueError, match=rf"{name}(\[0\])? has a stride of 4 bytes along its last axis; the kernels need 2"):
+            cufuse.rms_norm_qkv(**named | {name: spread(given[name])}, out=outs)
+    for index in (0, 1, 3):
+        with pytest.raises(ValueError, match=rf"out\[{index}\] has a stride of 4 bytes.*give a contiguous array"):
+            cufuse.rms_norm_qkv(**named, out=(*outs[:index], spread(expected[index]), *outs[index + 1 :]))
+    cache = host_gpu.empty((8, KV_HEADS, dimensions), bfloat16)
+    slots, apart = np.arange(6).reshape(2, 3), np.arange(12).reshape(2, 6)[:, :3]
+    for changed, caches, message in (
+        ({"cache_slots": spread(slots)}, (cache, cache[::-1]), r"cache_slots has strides .*cupy.ascontiguousarray\(cache_slots\)"),
+        ({"cache_slots": Array(apart)}, (cache, cache[::-1]), "cache_slots has strides .*one slot behind the other"),
+        ({"cache_slots": Array(slots)}, (cache, spread(cache.host)), r"out\[2\] has a stride of 4 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cufuse.rms_norm_qkv(**named | changed, out=(outs[0], *caches, outs[3]))
+    for array in (*outs, cache):
+        assert (array.host.view(np.uint8) == 0xA5).all()
+
+
+def test_outputs_that_are_copied_to(gpu: HostGpu) -> None:
+    """v in any strides, and q and k where neither norm nor rotation follows: one operation after the other."""
+    for changed, free in (({}, (2,)), ({"q_norm_weight": None, "k_norm_weight": None, "cos": None, "sin": None}, (0, 1, 2))):
+        given = block(RECIPES["torch"]) | changed
+        expected = cufuse.rms_norm_qkv(**given)
+        outs = [spread(np.zeros_like(one)) if index in free else None for index, one in enumerate(expected)]
+        found = cufuse.rms_norm_qkv(**{name: on_gpu(value) for name, value in given.items()}, out=tuple(outs))
+        for one, other in zip(found, expected, strict=True):
+            demand_bits(one.host, other)
+        assert not any(out.host.base[..., 1].any() for out in outs if out is not None)

@@ -1,5 +1,6 @@
 // The functions of pipeline.cuh: barriers, the copy engine, clusters.
 #include "machine.h"
+#include "cluster_stores.cuh"
 
 void barrier_init(u32 barrier, u32 arrivals) {
     if (barrier % 8) host::fail("barrier is not aligned", barrier);
@@ -114,8 +115,18 @@ void sync_threads(u32 id, u32 threads) {
     auto& r = host::my_block().named[(int)id];
     host::collective(r, threads, r.arrived, "named barrier", nullptr, nullptr, [](auto&) {});
 }
+void arrive_threads(u32 id, u32 threads) {
+    auto& r = host::my_block().named[(int)id];
+    host::collective(r, threads, r.arrived, "named barrier", nullptr, nullptr, [](auto&) {}, false);
+}
 u32 cluster_rank() { return (u32)host::self().block; }
 void sync_cluster() {
     auto& m = host::machine;
     host::collective(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster barrier", nullptr, nullptr, [](auto&) {});
+}
+
+// cluster_stores.cuh
+void store_16_at(u32 shared, u32 rank, const float (&v)[4]) {
+    if (shared % 16) host::fail("store is not aligned to 16 bytes", shared);
+    std::memcpy(host::shared_at(shared, 16, (int)rank), v, 16);
 }

@@ -45,6 +45,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float2 make_float2(float x, float y) { return {x, y}; }
 template <class A, class B>
 inline auto min(A a, B b) -> decltype(a + b) { return (decltype(a + b))a < (decltype(a + b))b ? a : b; }
+template <class A, class B>
+inline auto max(A a, B b) -> decltype(a + b) { return (decltype(a + b))a < (decltype(a + b))b ? b : a; }
 float __shfl_sync(unsigned mask, float v, int lane);
 float __shfl_xor_sync(unsigned mask, float v, int offset);
 float __shfl_down_sync(unsigned mask, float v, int offset);
@@ -95,6 +97,7 @@ inline u64 read_published(const u64* word) { return *word; }
 inline u64 count_published(u64* word) { return (*word)++; }
 inline void fetch_tensor_map(const TensorMap*) {}
 void sync_threads(u32 id, u32 threads);
+void arrive_threads(u32 id, u32 threads);
 u32 cluster_rank();
 void sync_cluster();
 

@@ -108,9 +108,11 @@ inline void later(std::function<void()> run) {
     machine.jobs.push_back({(int)(machine.random() % 600), std::move(run)});
 }
 
-// All `size` lanes of `r` bring an input and an output; the last to come runs `action` for everybody.
+// All `size` lanes of `r` bring an input and an output; the last to come runs `action` for everybody, and those that wait go on.
 template <class Action>
-inline void collective(Rendezvous& r, unsigned size, unsigned lane, const char* name, const void* input, void* output, Action action) {
+inline void collective(Rendezvous& r, unsigned size, unsigned lane, const char* name, const void* input, void* output, Action action,
+                       bool waits = true) {
+    if (r.arrived > 0 && r.inputs.size() != size) fail("threads give a barrier different counts", (long)size);
     if (r.inputs.size() != size) r.inputs.resize(size), r.outputs.resize(size);
     if (r.arrived == 0) r.operation = name;
     if (std::strcmp(r.operation, name) != 0) fail("lanes of a warp meet at different operations");
@@ -121,7 +123,7 @@ inline void collective(Rendezvous& r, unsigned size, unsigned lane, const char* 
         r.arrived = 0;
         r.generation++;
         machine.progress++;
-    } else {
+    } else if (waits) {
         wait_until(name, [&] { return r.generation != generation; });
     }
 }

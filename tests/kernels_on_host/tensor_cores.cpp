@@ -1,5 +1,6 @@
 // The functions of mma.cuh and wgmma.cuh that compute, and cp.async: the arithmetic of Hopper's tensor cores, exactly.
 #include "machine.h"
+#include "wgmma_registers.cuh"
 
 u32 shared_address(const void* pointer) { return (u32)((const unsigned char*)pointer - host::my_block().shared.data()); }
 
@@ -73,23 +74,21 @@ void multiply_accumulate(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     });
 }
 
-template <class Source>
-static float host_shuffle(const char* name, float v, Source source) {
-    struct Lane { float value; } in{v};
+// Each lane names the lane whose value it gets.
+static float host_shuffle(const char* name, float v, int from) {
+    struct Lane { float value; int from; } in{v, from & 31};
     float result;
-    host::warp_collective(name, &in, &result, [source](host::Rendezvous& w) {
-        for (int lane = 0; lane < 32; ++lane) *(float*)w.outputs[lane] = ((const Lane*)w.inputs[source(lane)])->value;
+    host::warp_collective(name, &in, &result, [](host::Rendezvous& w) {
+        for (int lane = 0; lane < 32; ++lane)
+            *(float*)w.outputs[lane] = ((const Lane*)w.inputs[((const Lane*)w.inputs[lane])->from])->value;
     });
     return result;
 }
-float __shfl_sync(unsigned, float v, int from) {
-    return host_shuffle("shuffle", v, [from](int) { return from; });
-}
-float __shfl_xor_sync(unsigned, float v, int offset) {
-    return host_shuffle("shuffle xor", v, [offset](int lane) { return lane ^ offset; });
-}
+static int host_lane() { return (int)(threadIdx.x % 32); }
+float __shfl_sync(unsigned, float v, int from) { return host_shuffle("shuffle", v, from); }
+float __shfl_xor_sync(unsigned, float v, int offset) { return host_shuffle("shuffle xor", v, host_lane() ^ offset); }
 float __shfl_down_sync(unsigned, float v, int offset) {
-    return host_shuffle("shuffle down", v, [offset](int lane) { return lane + offset < 32 ? lane + offset : lane; });
+    return host_shuffle("shuffle down", v, host_lane() + offset < 32 ? host_lane() + offset : host_lane());
 }
 
 u32 transpose_matrix(u32 r) {
@@ -183,6 +182,36 @@ void host::multiply_tiles(float* accumulators, int columns, u64 a, u64 b, int ac
                 for (int i = 0; i < columns / 2; ++i) {
                     const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
                     c[lane][i] = host_step(first.accumulate ? c[lane][i] : 0.0f, x[row], w[column]);
+                }
+        });
+    });
+}
+
+// wgmma_registers.cuh
+void host::multiply_fragments(float* accumulators, int columns, const u32 (&a)[4], u64 b, int accumulate) {
+    struct In { u32 a[4]; u64 b, accumulate; } in{{a[0], a[1], a[2], a[3]}, b, (u64)accumulate};
+    warpgroup_collective("wgmma", &in, accumulators, [=](host::Rendezvous& r) {
+        std::vector<In> lanes;
+        for (auto* p : r.inputs) {
+            lanes.push_back(*(const In*)p);
+            if (lanes.back().b != lanes[0].b || lanes.back().accumulate != lanes[0].accumulate)
+                host::fail("operands differ inside a warpgroup");
+        }
+        std::vector<float*> c;
+        for (auto* p : r.outputs) c.push_back((float*)p);
+        const int block = host::self().block;
+        my_products().open.push_back([=] {
+            static u16 x[64][16], w[256][16];
+            for (int lane = 0; lane < 128; ++lane)
+                for (int i = 0; i < 4; ++i)
+                    for (int h = 0; h < 2; ++h)
+                        x[lane / 32 * 16 + lane % 32 / 4 + i % 2 * 8][lane % 4 * 2 + h + i / 2 * 8] = (u16)(lanes[lane].a[i] >> 16 * h);
+            for (u32 k = 0; k < 16; ++k)
+                for (u32 i = 0; i < (u32)columns; ++i) w[i][k] = host_operand(lanes[0].b, i, k, block);
+            for (int lane = 0; lane < 128; ++lane)
+                for (int i = 0; i < columns / 2; ++i) {
+                    const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                    c[lane][i] = host_step(lanes[0].accumulate ? c[lane][i] : 0.0f, x[row], w[column]);
                 }
         });
     });
