@@ -224,14 +224,8 @@ def _kernel(ends: Ends, sums: dict[str, int], float32: dict[str, bool], dimensio
 
 def ends(recipe: Recipe, head_norm: bool, rotation: bool) -> Ends:
     """What follows q's and k's projection under a recipe."""
-    norm = recipe.head_norm if head_norm else None
-    rope = recipe.rope if rotation else None
-    rounded = recipe.gemm.output == "bfloat16"
-    if norm is not None:
-        rounded = norm.round_weighted
-    if rope is not None:
-        rounded = rope.round_sum
-    return Ends(norm, rope, not (rounded or recipe.round_output))
+    out_float32 = recipe.output(head_norm=head_norm, rotation=rotation) == "float32"
+    return Ends(recipe.head_norm if head_norm else None, recipe.rope if rotation else None, out_float32)
 
 
 def _kernels() -> tuple[Kernel, ...]:

@@ -4,6 +4,8 @@ A call like an earlier one, with the same layouts, types and options, is not che
 arguments are not packed again either.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any, Final
 
 from cufuse import _gpu_heads, _gpu_qkv_steps, _layout, launch
@@ -37,40 +39,40 @@ class Call:
         self._names = (*arrays, *outs)
         self._outs = tuple(outs)
         self._overlap = _layout.Overlap(outs, given)
-        self._known: dict[tuple[int, ...], list[tuple[Any, Any, bytes]]] = {}
+        self._known: dict[tuple[int, ...], list[tuple[Any, bytes]]] = {}
         self._composed = (shape, eps, recipe, k_slices)
         self._chain: Chain | None = None
-        try:
-            _layout.require_unit_stride(**outs, **given)
-            with launch.on_device(self.device):
-                self._chain = Chain(arrays | outs, shape, eps, recipe, k_slices, self.device, static)
-        except ValueError:
-            pass  # Unsuited, or what the operations say better one by one
+        with contextlib.suppress(Unsuited), launch.on_device(self.device):
+            self._chain = Chain(arrays | outs, shape, eps, recipe, k_slices, self.device, static)
 
     def run(self, arrays: list[Any], pointers: list[int]) -> None:
         """Launch with these arrays and their addresses, both in the order of the inputs' and then the outputs' names."""
-        with launch.on_device(self.device):
-            if self._chain is None:
-                self._check(arrays, pointers)
-                self._compose(dict(zip(self._names, arrays, strict=True)))
-                return
-            stream = launch.current_stream()
-            launches = self._known.get((stream, *pointers))
-            if launches is None:
-                self._check(arrays, pointers)
-                launches = self._bind(pointers, stream)
-            for bound, prepared, arguments in launches:
-                if bound():
-                    prepared(arguments)  # says what is wrong, or brings the thread its context
+        if launch.current_device() != self.device:
+            with launch.on_device(self.device):
+                self._run(arrays, pointers)
+        else:
+            self._run(arrays, pointers)
 
-    def _bind(self, pointers: list[int], stream: int) -> list[tuple[Any, Any, bytes]]:
+    def _run(self, arrays: list[Any], pointers: list[int]) -> None:
+        if self._chain is None:
+            self._check(arrays, pointers)
+            self._compose(dict(zip(self._names, arrays, strict=True)))
+            return
+        stream = launch.current_stream()
+        launches = self._known.get((stream, *pointers))
+        if launches is None:
+            self._check(arrays, pointers)
+            launches = self._bind(pointers, stream)
+        launch.one_by_one(launches)
+
+    def _bind(self, pointers: list[int], stream: int) -> list[tuple[Any, bytes]]:
         """The launches with these addresses on a stream. The workspace's address stays good when it has been outgrown."""
         assert self._chain is not None
         workspace = launch.workspace(self.device, self._chain.workspace_bytes)
         chain = self._chain.launches(dict(zip(self._names, pointers, strict=True)), workspace)
         if len(self._known) >= _MOST_ADDRESSES:
             self._known.clear()
-        found = [(prepared.bound(arguments, stream), prepared, arguments) for prepared, arguments in chain]
+        found = [(_bound(prepared, arguments, stream), arguments) for prepared, arguments in chain]
         self._known[stream, *pointers] = found
         return found
 
@@ -87,12 +89,21 @@ class Call:
         if slots is None:
             _gpu_qkv_steps.rms_norm_qkv(inputs, weights, *self._composed, tuple(results))
             return
-        import cupy
-
         shape = (*inputs["x"].shape[:-1], *results[1].shape[1:])
-        caches, results[1:3] = results[1:3], [cupy.empty(shape, results[1].dtype) for _ in "kv"]
+        caches, results[1:3] = results[1:3], [launch.temporary(shape, results[1].dtype, f"{name} of slots") for name in "kv"]
         _gpu_qkv_steps.rms_norm_qkv(inputs, weights, *self._composed, tuple(results))
         _scatter(results[1:3], caches, slots, self.device)
+
+
+def _bound(prepared: Any, arguments: bytes, stream: int) -> Callable[[bytes], None]:
+    """What launches as ``prepared`` does, but always on this stream with these arguments."""
+    launch_again = prepared.bound(arguments, stream)
+
+    def run(arguments: bytes) -> None:
+        if launch_again():
+            prepared(arguments)  # says what is wrong, or brings the thread its context
+
+    return run
 
 
 def _scatter(values: list[Any], caches: list[Any], slots: Any, device: int) -> None:
@@ -109,8 +120,7 @@ def _scatter(values: list[Any], caches: list[Any], slots: Any, device: int) -> N
         plan = _gpu_heads.Plan(block, ends, 0.0, device, alignment & 15, weights_ready=False, tables_ready=False)
     except Unsuited as error:
         raise ValueError(f"cache_slots cannot be served ({error}); leave it out and copy k and v to their places") from error
-    for prepared, arguments in plan.launches(tuple(pointers)):
-        prepared(arguments)
+    launch.one_by_one(plan.launches(tuple(pointers)))
 
 
 _calls: dict[Any, Call] = {}
@@ -145,7 +155,7 @@ def again(arrays: tuple[Any, ...], outs: tuple[Any, ...], options: tuple[Any, ..
     if call is None:
         return None
     results = outs
-    if any([one is None for one in outs]):  # noqa: C419 (a list is quicker than a generator; `in` would compare elements)
+    if 0 in pointers[len(arrays) :]:
         with launch.on_device(call.device):
             results = tuple([cupy.empty(*made) if one is None else one for one, made in zip(outs, call.results, strict=True)])
         pointers[len(arrays) :] = [one.data.ptr for one in results]

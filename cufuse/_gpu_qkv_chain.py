@@ -9,12 +9,12 @@ it reads what that one writes. The projection has fetched its first weights by t
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from cufuse import _gpu_gemm, _gpu_heads, _gpu_linear, _gpu_linear_heads, _gpu_norm, _gpu_norm_linear, _layout, launch
-from cufuse._gpu_heads import Block, Described, dense
+from cufuse._gpu_heads import Block, Described, Ends, Unsuited, dense
 from cufuse._linear_problem import Problem
 from cufuse.compiler import Kernel
 from cufuse.qkv import Heads
@@ -30,7 +30,8 @@ Step = Callable[[dict[str, int], int], Launches]
 
 
 class Chain:
-    """The launches of a call whose arrays have fixed layouts. Raises Unsuited where the kernels cannot do it.
+    """The launches of a call whose arrays have fixed layouts. Raises Unsuited where the kernels cannot do it but the operations
+    one by one may, ValueError where those cannot either.
 
     ``launches(address, workspace)`` gives them; ``address`` knows the inputs and outputs by name, workspace has
     ``workspace_bytes`` bytes.
@@ -38,10 +39,15 @@ class Chain:
 
     __slots__ = ("_steps", "workspace_bytes")
 
+    _Plan: ClassVar[Any] = _gpu_linear.Plan
+    """Of one product."""
+
     def __init__(
         self, arrays: dict[str, Any], shape: Heads, eps: float, recipe: Recipe, k_slices: int | None, device: int, static: bool
     ) -> None:
         """arrays: inputs by their names ("qkv_weight[0]", ...; absent ones None), results as "out[0]", ..., cache_slots."""
+        ends = _gpu_heads.ends(recipe, arrays["q_norm_weight"] is not None, arrays["cos"] is not None)
+        _require_strides(arrays, ends)
         x = arrays["x"]
         *leading, columns = x.shape
         tokens = int(np.prod(leading, dtype=np.int64))
@@ -53,9 +59,8 @@ class Chain:
         width = 2 if recipe.norm.round_weighted else 4
         normalised = dense(x.shape, width)
         normalised_at = self._reserve(tokens * columns * width)
-        x_layout = (tokens, columns, width)
-        products, raw, raw_at = self._products(arrays, weights, x_layout, shape, recipe, k_slices, device, chained)
-        ends = _gpu_heads.ends(recipe, arrays["q_norm_weight"] is not None, arrays["cos"] is not None)
+        raw, raw_at = self._projected(len(weights) == 1, tokens, 2 if recipe.gemm.output == "bfloat16" else 4, shape)
+        products = self._products(arrays, weights, (tokens, columns, width), recipe, k_slices, device, chained)
         finished = self._projection_and_heads(arrays, products, normalised_at, ends, eps, device)
         if finished is not None:
             self._steps.append(self._norm(arrays, normalised, normalised_at, eps, recipe, device, chained, static))
@@ -97,41 +102,48 @@ class Chain:
 
         return step
 
+    def _projected(
+        self, packed: bool, tokens: int, itemsize: int, shape: Heads
+    ) -> tuple[tuple[Described, ...], tuple[int, ...]]:
+        """q, k and v as the products leave them in the workspace: layouts, and places."""
+        row = sum(shape.rows)
+        if packed:
+            at = self._reserve(tokens * row * itemsize)
+            places = [at + first * itemsize for first in (0, shape.rows[0], shape.rows[0] + shape.rows[1])]
+        else:
+            places = [self._reserve(tokens * rows * itemsize) for rows in shape.rows]
+        raw = [
+            Described(
+                (tokens, rows // shape.head_dim, shape.head_dim),
+                ((row if packed else rows) * itemsize, shape.head_dim * itemsize, itemsize),
+                itemsize,
+            )
+            for rows in shape.rows
+        ]
+        return tuple(raw), tuple(places)
+
     def _products(
-        self, arrays: dict[str, Any], weights: list[str], x: tuple[int, int, int], shape: Heads, recipe: Recipe,
-        k_slices: int | None, device: int, chained: bool,
-    ) -> tuple[dict[str, Problem], tuple[Described, ...], tuple[int, ...]]:  # fmt: skip
-        """The products; q, k and v as they leave them in the workspace: layouts, and places."""
+        self, arrays: dict[str, Any], weights: list[str], x: tuple[int, int, int], recipe: Recipe, k_slices: int | None,
+        device: int, chained: bool,
+    ) -> dict[str, Problem]:  # fmt: skip
+        """By the weights' names; their x is dense: rows, columns, bytes of an element."""
         tokens, columns, width = x
-        itemsize = 2 if recipe.gemm.output == "bfloat16" else 4
-        places, products = [], {}
+        products = {}
         for name in weights:
             weight = arrays[name]
             n = weight.shape[0]
-            places.append(self._reserve(tokens * n * itemsize))
             slices = recipe.gemm.k_slices if k_slices is None else int(k_slices)
             if slices == "cublas":
                 slices = _gpu_gemm.asked_slices(tokens, n, columns)
+            out = dense((tokens, n), 2 if recipe.gemm.output == "bfloat16" else 4)
             alignment = (0, weight.data.ptr & 15, 0)
             products[name] = _gpu_linear.describe(
-                dense((tokens, columns), width), weight, dense((tokens, n), itemsize), alignment, slices, device,
-                programmatic=chained,
-            )  # fmt: skip
-        row = sum(shape.rows) if len(weights) == 1 else 0
-        if row:
-            places = [places[0] + first * itemsize for first in (0, shape.rows[0], shape.rows[0] + shape.rows[1])]
-        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-        strides = [row or count * shape.head_dim for count in counts]
-        raw = tuple(
-            Described((tokens, count, shape.head_dim), (stride * itemsize, shape.head_dim * itemsize, itemsize), itemsize)
-            for count, stride in zip(counts, strides, strict=True)
-        )
-        return products, raw, tuple(places)
+                dense((tokens, columns), width), weight, out, alignment, slices, device, programmatic=chained
+            )
+        return products
 
-    def _projection(self, products: dict[str, Problem], x_at: int, raw_at: tuple[int, ...], device: int) -> Step:
-        plans = [
-            (name, _gpu_linear.Plan(problem, device), at) for (name, problem), at in zip(products.items(), raw_at, strict=False)
-        ]
+    def _projection(self, products: dict[str, Any], x_at: int, raw_at: tuple[int, ...], device: int) -> Step:
+        plans = [(name, self._Plan(product, device), at) for (name, product), at in zip(products.items(), raw_at, strict=False)]
         scratch = self._reserve(max(plan.workspace_bytes for _, plan, _ in plans))
 
         def step(address: dict[str, int], workspace: int) -> Launches:
@@ -151,18 +163,17 @@ class Chain:
             return None
         (name, problem), x, residual = next(iter(products.items())), arrays["x"], arrays["residual"]
         total = arrays["out[3]"] if residual is not None else None
+        walked = _layout.walk(x.shape[:-1], {"x": x, "residual": residual, "out[3]": total})
+        read = ["x", "norm_weight", *(["residual", "out[3]"] if total is not None else [])]
+        if walked.outer != 1 or _alignment(arrays, read):
+            return None
+        wide = [one is not None and one.itemsize == 4 for one in (arrays["norm_weight"], residual)]
+        strides = (walked.inner_strides[0], walked.inner_strides[1], walked.inner_strides[2])
+        sum_of = recipe.residual_sum if residual is not None else None
+        rows = _gpu_norm_linear.Rows(recipe, walked.rows, x.shape[-1], sum_of, wide[0], wide[1], strides)
         try:
-            walked = _layout.walk(x.shape[:-1], {"x": x, "residual": residual, "total": total})
-            if walked.outer != 1 or _alignment(
-                arrays, ["x", "norm_weight", *(["residual", "out[3]"] if total is not None else [])]
-            ):
-                return None
-            wide = [one is not None and one.itemsize == 4 for one in (arrays["norm_weight"], residual)]
-            strides = (walked.inner_strides[0], walked.inner_strides[1], walked.inner_strides[2])
-            sum_of = recipe.residual_sum if residual is not None else None
-            rows = _gpu_norm_linear.Rows(recipe, walked.rows, x.shape[-1], sum_of, wide[0], wide[1], strides)
             plan = _gpu_norm_linear.Plan(rows, problem, eps, device, weights_ready=static)
-        except ValueError:
+        except Unsuited:
             return None
 
         def step(address: dict[str, int], workspace: int) -> Launches:
@@ -175,7 +186,7 @@ class Chain:
         return step
 
     def _projection_and_heads(
-        self, arrays: dict[str, Any], products: dict[str, Problem], normalised_at: int, ends: _gpu_heads.Ends, eps: float,
+        self, arrays: dict[str, Any], products: dict[str, Problem], normalised_at: int, ends: Ends, eps: float,
         device: int,
     ) -> Step | None:
         """Both in one launch, for many rows and a packed weight; None where that cannot be, or is slower."""
@@ -188,7 +199,7 @@ class Chain:
         block = Block(outs, outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
         try:
             plan = _gpu_linear_heads.Plan(block, ends, problem, eps, device, _alignment(arrays, names))
-        except _gpu_heads.Unsuited:
+        except Unsuited:
             return None
 
         def step(address: dict[str, int], workspace: int) -> Launches:
@@ -198,7 +209,7 @@ class Chain:
 
     def _heads(
         self, arrays: dict[str, Any], raw: tuple[Described, ...], raw_at: tuple[int, ...], leading: tuple[int, ...],
-        ends: _gpu_heads.Ends, eps: float, device: int, static: bool,
+        ends: Ends, eps: float, device: int, static: bool,
     ) -> Step:  # fmt: skip
         names = ["out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight", "cache_slots"]
         alignment = _alignment(arrays, names[:-1])
@@ -218,6 +229,24 @@ class Chain:
     def launches(self, address: dict[str, int], workspace: int) -> Launches:
         """Prepared kernels with their arguments, in order."""
         return [one for step in self._steps for one in step(address, workspace)]
+
+
+def _require_strides(arrays: dict[str, Any], ends: Ends) -> None:
+    """ValueError for strides that nothing reads or writes; Unsuited for outputs to which the operations one by one copy."""
+    copied = {"out[2]"} if ends.norm is not None or ends.rope is not None else {"out[0]", "out[1]", "out[2]"}
+    slots = arrays["cache_slots"]
+    if slots is not None:
+        copied -= {"out[1]", "out[2]"}  # of caches single slots are written
+        if not slots.flags.c_contiguous:
+            raise ValueError(
+                f"cache_slots has strides {slots.strides} in bytes; the kernels read one slot behind the other: make it "
+                "contiguous with cupy.ascontiguousarray(cache_slots)"
+            )
+    _layout.require_unit_stride(**{name: array for name, array in arrays.items() if name not in copied})
+    try:
+        _layout.require_unit_stride(**{name: arrays[name] for name in copied})
+    except ValueError as error:
+        raise Unsuited(str(error)) from error
 
 
 def _alignment(arrays: dict[str, Any], names: list[str]) -> int:

@@ -1,6 +1,5 @@
 """The front of an attention layer in one call: residual sum, RMSNorm, Q/K/V projection, Q/K head norm, rotation."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +57,9 @@ def rms_norm_qkv(
     residual : [..., K], added first; the new residual is then returned as well.
     heads, kv_heads : Hq and Hkv; of a packed weight one of them is needed, of a tuple none.
     recipe, k_slices : as in ``linear``.
-    cache_slots : [...], int64, with x's leading axes: the keys and values go to these rows of a cache. out is then needed, with
-        k and v as caches [slots, Hkv, D]; a token whose slot is negative or beyond the cache is not written (padding), and no two
-        tokens may have the same slot. All other rows stay as they are.
+    cache_slots : [...], int64, with x's leading axes, on a GPU contiguous: keys and values go to these rows of a cache. out is
+        then needed, with k and v as caches [slots, Hkv, D]; a token whose slot is negative or beyond the cache is not written
+        (padding), and no two tokens may have the same slot. All other rows stay as they are.
     static_weights : the weights (of projection and norms) are written by nothing that may still be under way in the stream: a
         promise that an engine with loaded weights can give. On a GPU the call may then fetch them while the kernel in front of it
         still runs. Changes no bit; without a GPU nothing at all.
@@ -80,14 +79,12 @@ def rms_norm_qkv(
     outs = _arrays.outputs(out, names)
     weights = tuple(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else (qkv_weight,)
     options = (eps, heads, kv_heads, head_dim, recipe if isinstance(recipe, str) else id(recipe), k_slices, static_weights)
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and type(x) is cupy.ndarray:
-        from cufuse import _gpu_qkv
-
+    kernels = _arrays.loaded_kernels("cufuse._gpu_qkv", (x,))
+    if kernels is not None:
         arrays = (x, norm_weight, q_norm_weight, k_norm_weight, cos, sin, residual, cache_slots, *weights)
-        repeated = _gpu_qkv.again(arrays, outs, options)
+        repeated = kernels.again(arrays, outs, options)
         if repeated is not None:
-            return repeated
+            return repeated  # type: ignore[no-any-return]
     numerics = named_recipes.get(recipe)
     inputs = {
         "x": x,
@@ -218,13 +215,8 @@ def stages(
 
 def output_dtype(recipe: Recipe, name: str, rotated: bool, head_norm: bool) -> np.dtype:
     """The type in which q, k or v leaves the block."""
-    rounded = recipe.gemm.output == "bfloat16"
-    if name != "v":
-        if head_norm:
-            rounded = recipe.head_norm.round_weighted
-        if rotated:
-            rounded = recipe.rope.round_sum
-    return np.dtype(bfloat16) if rounded or recipe.round_output else np.dtype(np.float32)
+    found = recipe.output(head_norm=head_norm and name != "v", rotation=rotated and name != "v")
+    return np.dtype(bfloat16) if found == "bfloat16" else np.dtype(np.float32)
 
 
 def check(

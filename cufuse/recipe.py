@@ -150,6 +150,16 @@ class Recipe:
             "output: q, k, v " + ("-> bfloat16 here, once" if self.round_output else "as they are"),
         ]
 
+    def output(self, *, head_norm: bool, rotation: bool) -> Dtype:
+        """The type in which a projection leaves the block after the steps that follow it: q and k after head norm and rotation,
+        where the block has them, v after neither. The last of these steps rounds or does not; ``round_output`` always does."""
+        rounded = self.gemm.output == "bfloat16"
+        if head_norm:
+            rounded = self.head_norm.round_weighted
+        if rotation:
+            rounded = self.rope.round_sum
+        return "bfloat16" if rounded or self.round_output else "float32"
+
     def decoder_points(self) -> list[str]:
         """The steps behind those of ``rounding_points``, with which a decoder's layer ends, likewise."""
         return [

@@ -17,6 +17,7 @@
 //
 // x [M, x_stride], weight [N, weight_stride], out [M, N]: bfloat16 bits; out is float32 if out_float32
 #include "pipeline.cuh"
+#include "ring.cuh"
 
 constexpr int TOKEN_STEPS = TOKENS / 8;
 constexpr int PIECE = 64;  // k whose values fill a line of 128 bytes
@@ -194,19 +195,6 @@ struct Stream {
 static __device__ __forceinline__ int stages_of_a_round(const Arguments& a) {
     return ((a.slice_warps > 1 ? a.slice_k : a.k) + STAGE_K - 1) / STAGE_K;
 }
-
-// A place in a ring, and the parity of the phase that it is in.
-struct Place {
-    int slot;
-    u32 parity;
-
-    __device__ __forceinline__ void advance(int depth) {
-        if (++slot == depth) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 // x on its way into its ring: stage after stage, for every round again, each with the slices' pieces one after the other.
 struct XStream {

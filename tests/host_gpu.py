@@ -164,7 +164,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu
     monkeypatch.setattr(launch, "prepare", gpu.prepare)
     monkeypatch.setattr(launch, "capability", lambda device: 90)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "temporary", lambda shape, dtype, purpose: empty(shape, dtype))
     for module in (_gpu_norm, _gpu_rope):
         monkeypatch.setattr(module, "_plans", {})
     gpu.launched.clear()
