@@ -6,7 +6,7 @@ from typing import Any, Final
 from cufuse import _gpu_gemm, _layout, compiler, launch
 from cufuse import _linear_quantised as planning
 from cufuse._linear_problem import ceil_div
-from cufuse._linear_quantised import Anywhere, Machine, Product, Streamed
+from cufuse._linear_quantised import Configuration, Machine, Product
 from cufuse.bf16 import bfloat16
 from cufuse.compiler import Kernel
 from cufuse.quantised import tiles
@@ -56,6 +56,7 @@ KERNELS: Final = (
     *_ACTIVATIONS.values(),
     *(c.kernel for c in planning.ANYWHERE),
     *(c.kernel for c in planning.STREAMED),
+    *(c.kernel for c in planning.CLUSTERED),
 )
 
 
@@ -64,11 +65,9 @@ def dequantise(weight: QuantisedWeight, result: Any) -> Any:
     blocks = weight.unpacked().data
     device = launch.device_of(weight=blocks, out=result)
     _layout.Overlap({"out": result}, {"weight": blocks}).check([result.data.ptr, blocks.data.ptr])
-    import cupy
-
     with launch.on_device(device):
         direct = result.flags.c_contiguous and result.data.ptr % 16 == 0
-        dense = result if direct else cupy.empty(result.shape, result.dtype)
+        dense = result if direct else launch.temporary(result.shape, result.dtype, "dequantised")
         eights = dense.size // 8
         grid = min(ceil_div(eights, _THREADS), 16 * launch.multiprocessors(device))
         prepared = launch.prepare(_DEQUANTISE[weight.format.name], device, grid)
@@ -86,10 +85,8 @@ def linear(x: Any, weight: QuantisedWeight, gemm: Gemm, k_slices: int | None, re
     """
     device = launch.device_of(x=x, weight=weight.data, out=result)
     if gemm.quantised == "decoded":
-        import cupy
-
         with launch.on_device(device):
-            decoded = dequantise(weight, cupy.empty(weight.shape, bfloat16))
+            decoded = dequantise(weight, launch.temporary(weight.shape, bfloat16, "decoded weight"))
         return _gpu_gemm.linear(x, decoded, gemm, k_slices, result)
     _layout.Overlap({"out": result}, {"x": x, "weight": weight.data}).check([result.data.ptr, x.data.ptr, weight.data.data.ptr])
     n, k = weight.shape
@@ -98,9 +95,7 @@ def linear(x: Any, weight: QuantisedWeight, gemm: Gemm, k_slices: int | None, re
         rows = _rows(x, k)
         dense = result
         if not result.flags.c_contiguous:
-            import cupy
-
-            dense = cupy.empty((len(rows), n), result.dtype)
+            dense = launch.temporary((len(rows), n), result.dtype, "product")
         target = dense if dense.ndim == 2 else dense.reshape(-1, n)
         if gemm.quantised == "q8_1":
             _multiply_q8_1(rows, weight.unpacked(), target)
@@ -128,14 +123,18 @@ def _multiply_q8_1(rows: Any, weight: QuantisedWeight, out: Any) -> None:
     stride = rows.strides[0] // rows.itemsize if m > 1 else k
     scales_at = ceil_div(_Q8_1_TOKENS * k, 256) * 256
     workspace = launch.workspace(device, scales_at + _Q8_1_TOKENS * k // 32 * 8)
+    launches = []
     for first in range(0, m, _Q8_1_TOKENS):
         count = min(_Q8_1_TOKENS, m - first)
         packed = _Q8_1_ARGUMENTS.pack(
             rows.data.ptr + first * stride * rows.itemsize, weight.data.data.ptr, workspace, workspace + scales_at,
             out.data.ptr + first * n * out.itemsize, stride, count, n, k, rows.itemsize == 2, out.itemsize == 2,
         )  # fmt: skip
-        launch.prepare(_Q8_1_ACTIVATIONS, device, ceil_div(count * k // 32, _Q8_1_ACTIVATIONS.threads))(packed)
-        launch.prepare(_Q8_1[weight.format.name, 128 if count <= 4 else 64], device, n)(packed)
+        launches += [
+            (launch.prepare(_Q8_1_ACTIVATIONS, device, ceil_div(count * k // 32, _Q8_1_ACTIVATIONS.threads)), packed),
+            (launch.prepare(_Q8_1[weight.format.name, 128 if count <= 4 else 64], device, n), packed),
+        ]
+    launch.one_by_one(launches)
 
 
 def multiply(
@@ -144,7 +143,7 @@ def multiply(
     out: Any,
     k_slices: int,
     *,
-    configuration: Anywhere | Streamed | None = None,
+    configuration: Configuration | None = None,
     programmatic: bool = False,
 ) -> Any:
     """The "block-scaled" product of checked CuPy arrays of one device, the current one; returns out.
@@ -165,8 +164,7 @@ def multiply(
         product = describe(rows, weight, out, k_slices, programmatic)
         plan = _plans[key] = Plan(product, rows.data.device_id, configuration)
     workspace = launch.workspace(rows.data.device_id, plan.workspace_bytes) if plan.workspace_bytes else 0
-    for prepared, arguments in plan.launches(*pointers, workspace):
-        prepared(arguments)
+    launch.one_by_one(plan.launches(*pointers, workspace))
     return out
 
 
@@ -193,7 +191,7 @@ class Plan:
 
     __slots__ = ("_multiply", "_prepare_x", "_product", "kernel", "workspace_bytes")
 
-    def __init__(self, product: Product, device: int, configuration: Anywhere | Streamed | None = None) -> None:
+    def __init__(self, product: Product, device: int, configuration: Configuration | None = None) -> None:
         capability = launch.capability(device)
         machine = Machine(capability, launch.multiprocessors(device), compiler.shared_memory_limit(capability))
         chosen = planning.choose(product, machine) if configuration is None else configuration

@@ -6,8 +6,9 @@ pieces are on their way while the norm still runs. Everything else goes one oper
 
 from typing import Any, Final
 
-from cufuse import _gpu_qkv_steps, _gpu_quantised, _layout, launch
-from cufuse._gpu_heads import Described
+from cufuse import _gpu_norm_quantised, _gpu_qkv_steps, _gpu_quantised, _layout, launch
+from cufuse._gpu_heads import Unsuited
+from cufuse._gpu_norm_linear import Rows
 from cufuse._gpu_qkv_chain import Chain, Launches, Step
 from cufuse._linear_quantised import Product
 from cufuse.compiler import Kernel
@@ -23,9 +24,11 @@ _MOST_CALLS: Final = 1024
 
 
 class QuantisedChain(Chain):
-    """The launches of a call; Unsuited or another ValueError where the kernels cannot do it."""
+    """The launches of a call; errors as of Chain."""
 
     __slots__ = ("_weights",)
+
+    _Plan = _gpu_quantised.Plan
 
     def __init__(self, weights: dict[str, QuantisedWeight], *given: Any) -> None:
         """weights: by the names that the arrays have their bytes under; given: as Chain takes it."""
@@ -33,55 +36,48 @@ class QuantisedChain(Chain):
         super().__init__(*given)
 
     def _products(  # type: ignore[override]
-        self, arrays: dict[str, Any], weights: list[str], x: tuple[int, int, int], shape: Heads, recipe: Recipe,
-        k_slices: int | None, device: int, chained: bool,
-    ) -> tuple[dict[str, Product], tuple[Described, ...], tuple[int, ...]]:  # fmt: skip
+        self, arrays: dict[str, Any], weights: list[str], x: tuple[int, int, int], recipe: Recipe, k_slices: int | None,
+        device: int, chained: bool,
+    ) -> dict[str, Product]:  # fmt: skip
         tokens, columns, width = x
-        itemsize = 2 if recipe.gemm.output == "bfloat16" else 4
         slices = recipe.gemm.quantised_slices if k_slices is None else int(k_slices)
-        places, products = [], {}
+        products = {}
         for name in weights:
             weight = self._weights[name]
             n = weight.shape[0]
-            places.append(self._reserve(tokens * n * itemsize))
             whole = columns == tiles.padded_columns(columns, weight.format)
             products[name] = Product(
                 weight.format, tokens, n, columns, slices, 1 if width == 2 else 3, columns, direct=width == 2 and whole,
-                out_float32=itemsize == 4, pairs=n % 2 == 0, programmatic=chained,
+                out_float32=recipe.gemm.output == "float32", pairs=n % 2 == 0, programmatic=chained,
             )  # fmt: skip
-        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-        row = sum(shape.rows) if len(weights) == 1 else 0
-        if row:
-            places = [places[0] + first * itemsize for first in (0, shape.rows[0], shape.rows[0] + shape.rows[1])]
-        distances = [row or count * shape.head_dim for count in counts]
-        raw = tuple(
-            Described((tokens, count, shape.head_dim), (distance * itemsize, shape.head_dim * itemsize, itemsize), itemsize)
-            for count, distance in zip(counts, distances, strict=True)
-        )
-        return products, raw, tuple(places)
+        return products
 
-    def _norm_and_projection(self, *given: Any) -> Step | None:
-        return None
+    def _norm_and_projection(  # type: ignore[override]
+        self, arrays: dict[str, Any], products: dict[str, Product], normalised_at: int, raw_at: int, eps: float, recipe: Recipe,
+        device: int, static: bool,
+    ) -> Step | None:  # fmt: skip
+        """Both in one launch, for one row and a packed weight; None where that cannot be."""
+        x, residual, norm_weight = arrays["x"], arrays["residual"], arrays["norm_weight"]
+        total = arrays["out[3]"] if residual is not None else None
+        read = [array for array in (x, residual, norm_weight, total) if array is not None]
+        if len(products) > 1 or x.size != x.shape[-1] or x.itemsize != 2 or any(array.data.ptr % 16 for array in read):
+            return None
+        (name, product), sum_of = next(iter(products.items())), recipe.residual_sum if residual is not None else None
+        wide = residual is not None and residual.itemsize == 4
+        rows = Rows(recipe, 1, x.size, sum_of, norm_weight.itemsize == 4, wide, (0, 0, 0))
+        try:
+            plan = _gpu_norm_quantised.Plan(rows, product, eps, device, weights_ready=static)
+        except Unsuited:
+            return None
+
+        def step(address: dict[str, int], workspace: int) -> Launches:
+            row = [address.get(one, 0) for one in ("x", "residual", "norm_weight", "out[3]")]
+            return plan.launches(*row, address[name], workspace + raw_at)
+
+        return step
 
     def _projection_and_heads(self, *given: Any) -> Step | None:
         return None
-
-    def _projection(  # type: ignore[override]
-        self, products: dict[str, Product], x_at: int, raw_at: tuple[int, ...], device: int
-    ) -> Step:
-        plans = [
-            (name, _gpu_quantised.Plan(product, device), at)
-            for (name, product), at in zip(products.items(), raw_at, strict=False)
-        ]
-        scratch = self._reserve(max(plan.workspace_bytes for _, plan, _ in plans))
-
-        def step(address: dict[str, int], workspace: int) -> Launches:
-            found: Launches = []
-            for name, plan, at in plans:
-                found += plan.launches(workspace + x_at, address[name], workspace + at, workspace + scratch)
-            return found
-
-        return step
 
 
 _calls: dict[Any, QuantisedChain | None] = {}
@@ -116,8 +112,7 @@ def rms_norm_qkv(
         _layout.Overlap(outs, given).check([one.data.ptr for one in (*results, *given.values())])
         workspace = launch.workspace(device, chain.workspace_bytes)
         address = {name: 0 if array is None else array.data.ptr for name, array in arrays.items()}
-        for prepared, arguments in chain.launches(address, workspace):
-            prepared(arguments)
+        launch.one_by_one(chain.launches(address, workspace))
     return results
 
 
@@ -131,10 +126,9 @@ def _chain(
         return None
     named = {f"qkv_weight[{index}]": weight for index, weight in enumerate(weights)}
     try:
-        _layout.require_unit_stride(**{name: array for name, array in arrays.items() if array is not None})
         return QuantisedChain(named, arrays, shape, eps, recipe, k_slices, device, static)
-    except ValueError:
-        return None  # Unsuited, or what the operations say better one by one
+    except Unsuited:
+        return None
 
 
 def _one_by_one(

@@ -34,14 +34,6 @@ CUFUSE_INLINE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 #endif
 }
 
-CUFUSE_INLINE float fused(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-    return __fmaf_rn(a, b, c);
-#else
-    return __builtin_fmaf(a, b, c);
-#endif
-}
-
 // float16 code in the low half -> float32, exactly
 CUFUSE_INLINE float widen_half(u32 code) {
 #ifdef __CUDA_ARCH__
@@ -93,18 +85,28 @@ static __device__ __forceinline__ Words2 load_ends(const unsigned char* piece, i
     return {{0, 0}};
 }
 
-// The A fragment of sixteen k.
-static __device__ __forceinline__ void decode(u32 (&a)[4], const Chunk& chunk, int step) {
-    constexpr u32 ONE = 0x3F803F80u, MAGIC = 0x43004300u;
+// 128 as a pair of bfloat16, unknown to the compiler and so from a register: an instruction takes one constant, and of two that are
+// known one is fetched anew each time. Grids have a single layer.
+static __device__ __forceinline__ u32 exponents_of_codes() {
+    u32 pair = 0x43004300u | gridDim.z >> 16;
+#ifdef __CUDA_ARCH__
+    asm("mov.b32 %0, %0;" : "+r"(pair));
+#endif
+    return pair;
+}
+
+// The A fragment of sixteen k; exponents: as above.
+static __device__ __forceinline__ void decode(u32 (&a)[4], const Chunk& chunk, int step, u32 exponents) {
+    constexpr u32 ONE = 0x3F803F80u;
     // -136, -128, -160 as pairs of bfloat16
     constexpr u32 OFFSET = FORMAT == 0 ? 0xC308C308u : FORMAT == 2 ? 0xC300C300u : 0xC320C320u;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if (FORMAT == 1) {
             const u32 pair = chunk.codes[2 * step + i / 2] >> i % 2 * 8;
-            a[i] = fma_bf16x2((pair & 0x00800080u) | MAGIC, 0xBF80BF80u, (pair & 0x007F007Fu) | MAGIC);
+            a[i] = fma_bf16x2((pair & 0x00800080u) | exponents, 0xBF80BF80u, (pair & 0x007F007Fu) | exponents);
         } else {
-            u32 pair = (chunk.codes[step] >> 4 * i & 0x000F000Fu) | MAGIC;
+            u32 pair = (chunk.codes[step] >> 4 * i & 0x000F000Fu) | exponents;
             if (FORMAT == 3) {
                 const int place = 2 * (4 * (step % 2) + i) - 4;  // of the upper two bits, from where they belong
                 const u32 high = chunk.codes[CODE_BYTES / 128 - 2 + step / 2];
@@ -139,11 +141,12 @@ template <class X>
 static __device__ __forceinline__ void multiply_chunk(Accumulators& acc, const Chunk& chunk, const Words2& ends, const X& x) {
     constexpr int GROUPS = 4 / GROUP_STEPS;
     const u32 ones[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
+    const u32 exponents = TOKENS < 32 ? exponents_of_codes() : 0x43004300u;  // with so many accumulators no register is left
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
         u32 a[GROUP_STEPS][4];
 #pragma unroll
-        for (int step = 0; step < GROUP_STEPS; ++step) decode(a[step], chunk, group * GROUP_STEPS + step);
+        for (int step = 0; step < GROUP_STEPS; ++step) decode(a[step], chunk, group * GROUP_STEPS + step, exponents);
         const float scales[2] = {scale_of(chunk, ends, 0, group), scale_of(chunk, ends, 1, group)};
         const float minima[2] = {FORMAT == 2 ? negated_minimum(chunk, ends, 0, group) : 0.0f,
                                  FORMAT == 2 ? negated_minimum(chunk, ends, 1, group) : 0.0f};
@@ -158,8 +161,8 @@ static __device__ __forceinline__ void multiply_chunk(Accumulators& acc, const C
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                acc[j][i] = fused(scales[i / 2], c[i], acc[j][i]);
-                if (FORMAT == 2) acc[j][i] = fused(minima[i / 2], s[i], acc[j][i]);
+                acc[j][i] = __fmaf_rn(scales[i / 2], c[i], acc[j][i]);
+                if (FORMAT == 2) acc[j][i] = __fmaf_rn(minima[i / 2], s[i], acc[j][i]);
             }
         }
     }
@@ -171,33 +174,37 @@ struct Target {
     int m, n, float32, pairs;
 };
 
-// Sixteen rows of the weight from `row` on, for tokens from `first` on.
-static __device__ __forceinline__ void store_tile(const Target& to, const Accumulators& c, int row, int first, int lane) {
+// Sixteen rows of the weight from `row` on, for eight tokens from `first` on.
+static __device__ __forceinline__ void store_eight(const Target& to, const float (&c)[4], int row, int first, int lane) {
     const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (to.float32) {
+            const int at = row + half * 8 + g, token = first + t * 2;
+            float* out = (float*)to.out + (long long)token * to.n + at;
+            if (at < to.n && token < to.m) out[0] = c[half * 2];
+            if (at < to.n && token + 1 < to.m) out[to.n] = c[half * 2 + 1];
+        } else {
+            // a lane holds one row for two tokens; transposed, two rows for one token, which are neighbours in memory
+            const u32 word = transpose_matrix(pack_bf16(c[half * 2], c[half * 2 + 1]));
+            const int at = row + half * 8 + t * 2, token = first + g;
+            if (at >= to.n || token >= to.m) continue;
+            u16* out = (u16*)to.out + (long long)token * to.n + at;
+            if (to.pairs) {
+                *(u32*)out = word;
+            } else {
+                out[0] = (u16)word;
+                if (at + 1 < to.n) out[1] = (u16)(word >> 16);
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ void store_tile(const Target& to, const Accumulators& c, int row, int first, int lane) {
 #pragma unroll
     for (int j = 0; j < TOKEN_STEPS; ++j) {
         if (first + j * 8 >= to.m) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (to.float32) {
-                const int at = row + half * 8 + g, token = first + j * 8 + t * 2;
-                float* out = (float*)to.out + (long long)token * to.n + at;
-                if (at < to.n && token < to.m) out[0] = c[j][half * 2];
-                if (at < to.n && token + 1 < to.m) out[to.n] = c[j][half * 2 + 1];
-            } else {
-                // a lane holds one row for two tokens; transposed, two rows for one token, which are neighbours in memory
-                const u32 word = transpose_matrix(pack_bf16(c[j][half * 2], c[j][half * 2 + 1]));
-                const int at = row + half * 8 + t * 2, token = first + j * 8 + g;
-                if (at >= to.n || token >= to.m) continue;
-                u16* out = (u16*)to.out + (long long)token * to.n + at;
-                if (to.pairs) {
-                    *(u32*)out = word;
-                } else {
-                    out[0] = (u16)word;
-                    if (at + 1 < to.n) out[1] = (u16)(word >> 16);
-                }
-            }
-        }
+        store_eight(to, c[j], row, first + j * 8, lane);
     }
 }
 

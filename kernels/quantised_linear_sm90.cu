@@ -5,7 +5,8 @@
 // A CTA has `groups` times `slices` warps; a group makes 16 columns of the output at a time, for TOKENS rows of x from
 // blockIdx.y * TOKENS on. A warp's share of a tile is contiguous in memory (cufuse/quantised/tiles.py); it comes by bulk copies
 // into a ring of the warp's own, `depth` stages of STAGE_PIECES pieces, which the warp refills itself as soon as it has read one.
-//   RESIDENT 1: x lies in shared memory as a whole, rows 16 bytes longer than their values.
+//   RESIDENT 1: x lies in shared memory as a whole, rows 16 bytes longer than their values. NORM 1: it is one row, which each CTA
+//               normalises for itself (quantised_norm.cuh); x is unused then.
 //   RESIDENT 0: one more warp brings x into a ring of x_depth stages for all warps: 64 k of every slice, as boxes of TOKENS lines of
 //               128 bytes, swizzled; the CTAs of a cluster (CLUSTER of them) fetch boxes in turn and send them to all.
 //
@@ -14,12 +15,17 @@
 // out     [m, n] bfloat16 bits (rounded once, to nearest even), or float32
 #include "pipeline.cuh"
 #include "quantised.cuh"
+#include "quantised_stream.cuh"
+#if NORM
+#include "quantised_norm.cuh"
+#endif
 
-constexpr u32 STAGE_BYTES = STAGE_PIECES * PIECE_BYTES;
 constexpr u32 X_LINE_BYTES = TOKENS * 128;           // 64 values of every token
 constexpr u32 X_SLICE_BYTES = PARTS * X_LINE_BYTES;  // of a stage
 constexpr u32 PIECE_X_BYTES = PIECE_K * PARTS * 2;   // of a resident row
 constexpr int MAX_X_DEPTH = 16;
+// threads of the kernel that follows for which registers are left, where there is no other use for them
+constexpr int REGISTERS_LEFT = TOKENS == 8 && PARTS == 1 && FORMAT < 2 ? 128 : 0;
 
 struct Arguments {
     int m, n, pieces, slice_pieces;
@@ -33,42 +39,9 @@ struct Arguments {
     void* out;
     long long x_stride;           // in elements
     TensorMap x_map;
-};
-
-// One warp's weights on their way into its ring.
-struct Stream {
-    u32 ring, barriers;
-    int tile, tile_step, tiles;  // the next tile to copy, how far the one after it is, and the first that does not exist
-    int piece, begin, end;       // the next piece to copy, and those of the slice
-
-    // The next stage into `slot`, if there is one. All lanes of the warp call it, after they have read what lies there.
-    __device__ __forceinline__ void copy_stage(const Arguments& a, int slot, int lane) {
-        if (tile >= tiles || begin >= end) return;
-        if (lane == 0) {
-            const u32 bytes = min(STAGE_PIECES, end - piece) * PIECE_BYTES;
-            barrier_arrive_expecting(barriers + slot * 8, bytes);
-            copy_bytes(ring + slot * STAGE_BYTES, a.weight + ((long long)tile * a.pieces + piece) * PIECE_BYTES, bytes,
-                       barriers + slot * 8, EVICT_FIRST);
-        }
-        piece += STAGE_PIECES;
-        if (piece >= end) {
-            piece = begin;
-            tile += tile_step;
-        }
-    }
-};
-
-// A place in a ring, and the parity of the phase that it is in.
-struct Place {
-    int slot;
-    u32 parity;
-
-    __device__ __forceinline__ void advance(int depth) {
-        if (++slot == depth) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
+#if NORM
+    NormArguments norm;
+#endif
 };
 
 // x of all rounds into its ring, by one thread: 64 k of each slice a stage.
@@ -127,7 +100,7 @@ static __device__ __forceinline__ void multiply_piece(Accumulators& acc, const u
         multiply_chunk(acc, load_chunk(piece + chunk * CHUNK_BYTES, lane), ends, x);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm90(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS + REGISTERS_LEFT, 1) quantised_linear_sm90(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = shared_address(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = a.groups * a.slices;
@@ -148,8 +121,20 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm
                        EVICT_NORMAL);
     };
 
-    // x first, ahead of the long queue of weights, unless the kernel before this one still has to write it
     let_next_kernel_begin();
+#if NORM
+    // the few loads of the row go ahead of most of the long queue of weights
+    stream.begin_barriers(a.depth, lane);
+    stream.fill(a, 0, a.norm.early_stages, warps, lane);
+    wait_for_previous_kernel();
+    Row row;
+    if (warp < 8) row.read(a.norm);
+    __syncthreads();
+    stream.fill(a, a.norm.early_stages, a.depth, warps, lane);
+    if (warp < 8) row.normalise(a.norm, memory, (u16*)(memory + a.x_at));
+    __syncthreads();
+#else
+    // x first, unless the kernel before this one still has to write it
     if (warp < warps) {
         if (RESIDENT && warp == 0) {
             if (lane == 0) {
@@ -159,15 +144,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm
             __syncwarp();
             if (!a.programmatic) copy_resident_x();
         }
-#pragma unroll 1
-        for (int slot = 0; slot < a.depth; ++slot) {
-            if (lane == 0) {
-                barrier_init(stream.barriers + slot * 8, 1);
-                barrier_init_fence();
-            }
-            __syncwarp();
-            stream.copy_stage(a, slot, lane);
-        }
+        stream.begin_barriers(a.depth, lane);
+        stream.fill(a, 0, a.depth, warps, lane);
     } else if (!RESIDENT && lane == 0) {
 #pragma unroll 1
         for (int slot = 0; slot < a.x_depth; ++slot) {
@@ -183,6 +161,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm
         __syncthreads();
     wait_for_previous_kernel();
     if (RESIDENT && warp == 0 && a.programmatic) copy_resident_x();
+#endif
 
     if (warp >= warps) {
         if (!RESIDENT && lane == 0) stream_x(a, shared + a.x_at, x_full, x_empty);
@@ -194,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm
         const u32 own_line = shared + a.x_at + (RESIDENT ? min(line, (u32)tokens - 1) * (row_bytes + 16) : line * 128);
         const unsigned char* ring = memory + a.rings_at + warp * a.depth * STAGE_BYTES;
         Place place = {0, 0}, x_place = {0, 0};
-        if (RESIDENT) barrier_wait(x_full, 0);
+        if (RESIDENT && !NORM) barrier_wait(x_full, 0);
         for (int round = 0; round < a.rounds; ++round) {
             const int tile = first_tile + round * tile_step;
             Accumulators acc = {};
@@ -207,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) quantised_linear_sm
                 if (RESIDENT) {
                     x.base = own_line + (begin + offset) * PIECE_X_BYTES;
                     if (count == STAGE_PIECES) {
-#pragma unroll
+#pragma unroll 2
                         for (int i = 0; i < STAGE_PIECES; ++i) multiply_piece(acc, source + i * PIECE_BYTES, x, lane);
                     } else {
 #pragma unroll 1

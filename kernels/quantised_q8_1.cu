@@ -27,14 +27,6 @@ struct Arguments {
     int bfloat16, out_bfloat16;
 };
 
-CUFUSE_INLINE float fused(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-    return __fmaf_rn(a, b, c);
-#else
-    return __builtin_fmaf(a, b, c);
-#endif
-}
-
 // float32 rounded to float16, to nearest even, as float32
 CUFUSE_INLINE float round_to_half(float x) {
 #ifdef __CUDA_ARCH__
@@ -95,11 +87,11 @@ static __device__ __forceinline__ float dot(const unsigned char* block, const si
     int total = 0;
     if (FORMAT == 0) {
         for (int i = 8 * place; i < 8 * place + 8; ++i) total += (block[2 + i] & 15) * q[i] + (block[2 + i] >> 4) * q[16 + i];
-        return fused(half_at(block), fused((float)total, scales->d, -(4.0f * scales->s)), acc);
+        return __fmaf_rn(half_at(block), __fmaf_rn((float)total, scales->d, -(4.0f * scales->s)), acc);
     }
     if (FORMAT == 1) {
         for (int i = 8 * place; i < 8 * place + 8; ++i) total += signed_byte(block + 2 + i) * q[i];
-        return fused(half_at(block) * scales->d, (float)total, acc);
+        return __fmaf_rn(half_at(block) * scales->d, (float)total, acc);
     }
     if (FORMAT == 2) {
         float sums_d = 0.0f, sums_m = 0.0f;
@@ -115,10 +107,10 @@ static __device__ __forceinline__ float dot(const unsigned char* block, const si
             const unsigned char* s = block + 4;
             const int scale = group < 4 ? s[group] & 63 : (s[group + 4] & 15) | (s[group - 4] >> 6) << 4;
             const int minimum = group < 4 ? s[group + 4] & 63 : s[group + 4] >> 4 | (s[group] >> 6) << 4;
-            sums_d = fused(scales[group].d, (float)(dot_of * scale), sums_d);
-            sums_m = fused(scales[group].d, (float)(sum_of * minimum), sums_m);
+            sums_d = __fmaf_rn(scales[group].d, (float)(dot_of * scale), sums_d);
+            sums_m = __fmaf_rn(scales[group].d, (float)(sum_of * minimum), sums_m);
         }
-        return acc + fused(half_at(block), sums_d, -(half_at(block + 2) * sums_m));
+        return acc + __fmaf_rn(half_at(block), sums_d, -(half_at(block + 2) * sums_m));
     }
     float sums = 0.0f;
     const int start = 128 * (place / 16) + 32 * (place % 16 / 8) + 4 * (place % 8);
@@ -130,9 +122,9 @@ static __device__ __forceinline__ float dot(const unsigned char* block, const si
             const int high = block[128 + k / 128 * 32 + (k + i) % 32] >> k % 128 / 32 * 2 & 3;
             dot_of += ((low | high << 4) - 32) * q[k + i];
         }
-        sums = fused(scales[k / 32].d, (float)(dot_of * signed_byte(block + 192 + k / 16)), sums);
+        sums = __fmaf_rn(scales[k / 32].d, (float)(dot_of * signed_byte(block + 192 + k / 16)), sums);
     }
-    return fused(half_at(block + 208), sums, acc);
+    return __fmaf_rn(half_at(block + 208), sums, acc);
 }
 
 // One row of the weight for all tokens.

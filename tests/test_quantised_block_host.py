@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_qkv_steps, _gpu_quantised, _gpu_quantised_qkv, quantised
+from cufuse import _gpu_qkv_chain, _gpu_qkv_steps, _gpu_quantised, _gpu_quantised_qkv, quantised
+from cufuse.bf16 import bfloat16
 from cufuse.quantised import QuantisedWeight
 from tests import host_gpu, linear_on_host
 from tests.host_gpu import Array, HostGpu
@@ -67,6 +68,17 @@ def test_chain(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, name: str) -> None
     assert {kernel.source for kernel in gpu.launched} == {"rms_norm.cu", "heads.cu"}
 
 
+@pytest.mark.parametrize("form", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_one_row_is_normalised_by_the_projection(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """In every CTA; the new residual is stored by one of them."""
+    monkeypatch.setattr(_gpu_qkv_chain.Chain, "_norm", lambda *arguments: pytest.fail("a kernel for the norm alone"))
+    given = block(RECIPES["block-scaled"], tokens=(1, 1), dimensions=D, hidden=1024) | {"k_slices": None}
+    packed = quantised.concatenate(weights(form, form, form, hidden=1024))
+    for static in (False, True):
+        demand_block(given | {"qkv_weight": packed, "static_weights": static}, "a residual", bring)
+    demand_block(given | {"qkv_weight": packed, "residual": None}, "no residual", bring)
+
+
 def test_one_by_one(gpu: HostGpu) -> None:
     """What the chain does not take: integer dot products of raw blocks."""
     given = block(RECIPES["llama.cpp-q8_1"], tokens=(3,), dimensions=D, hidden=256) | {"k_slices": None}
@@ -81,3 +93,19 @@ def test_one_by_one(gpu: HostGpu) -> None:
     options = {"cache_slots": Array(np.arange(3)), "out": (query, *caches, None), "qkv_weight": raw}
     with pytest.raises(ValueError, match="cache_slots is served for packed weights"):
         cufuse.rms_norm_qkv(**{name: bring(value) for name, value in given.items()} | options)
+
+
+def test_a_mistake_in_the_chain_is_not_hidden(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what nothing can do: it is refused before anything is written."""
+    whole = quantised.concatenate(weights("Q4_0", "Q4_0", "Q4_0", hidden=1024))
+    given = block(RECIPES["block-scaled"], tokens=(3,), dimensions=D, hidden=1024) | {"k_slices": None, "qkv_weight": whole}
+    named = {name: bring(value) for name, value in given.items()}
+    shapes = ((3, HEADS, D), (3, KV_HEADS, D), (3, KV_HEADS, D))
+    outs = tuple(host_gpu.empty(shape, bfloat16) for shape in (*shapes, (3, 1024)))
+    with pytest.raises(ValueError, match="k_slices is 16; the kernels take 8 slices of K at most"):
+        cufuse.rms_norm_qkv(**named | {"k_slices": 16}, out=outs)
+    monkeypatch.setattr(_gpu_qkv_chain.Chain, "_heads", lambda *arguments: int("planted"))
+    with pytest.raises(ValueError, match="planted"):
+        cufuse.rms_norm_qkv(**named, out=outs)
+    for one in outs:
+        assert (one.host.view(np.uint8) == 0xA5).all()

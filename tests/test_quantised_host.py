@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cufuse import _gpu_quantised, quantised
-from cufuse._linear_quantised import Streamed
+from cufuse._linear_quantised import Clustered, Streamed
 from cufuse.bf16 import bfloat16
 from cufuse.emulation.tensor_core import NAN_BITS
 from cufuse.quantised import FORMATS, QuantisedWeight
@@ -87,8 +87,10 @@ def run(gpu: HostGpu, case: Case, seed: int = 1) -> tuple[np.ndarray, np.ndarray
         _gpu_quantised.linear(Array(x), on_device(weight), gemm, case.k_slices, Array(out))
     else:
         _gpu_quantised.multiply(Array(x), on_device(weight), Array(out), case.k_slices, **options)
-    small = case.configuration is not None or (case.capability >= 90 and case.m <= 8)
-    assert ("quantised_linear_sm90.cu" if small else "quantised_linear.cu") in {kernel.source for kernel in gpu.launched}
+    expected = "quantised_linear_sm90.cu" if case.capability >= 90 else "quantised_linear.cu"
+    if case.configuration is not None:
+        expected = case.configuration.kernel.source
+    assert expected in {kernel.source for kernel in gpu.launched}
     return out, quantised.projection.project(np.ascontiguousarray(x), weight, gemm, case.k_slices)
 
 
@@ -106,6 +108,17 @@ STREAMED = [
     Case("Q4_0", 2, 800, 1024, k_slices=1, multiprocessors=1),  # rings come round
     Case("Q6_K", 1, 600, 512, k_slices=1, multiprocessors=1),
 ]
+CLUSTERED = [
+    Case("Q4_0", 13, 100, 960, configuration=Clustered("Q4_0", 16), multiprocessors=8, programmatic=True),
+    Case("Q4_0", 33, 700, 960, configuration=Clustered("Q4_0", 64), multiprocessors=16, out_dtype=bfloat16),  # two clusters
+    Case("Q4_0", 70, 333, 960, configuration=Clustered("Q4_0", 64), multiprocessors=8, out_dtype=bfloat16, pad=8),
+    Case("Q4_0", 64, 1030, 4096, configuration=Clustered("Q4_0", 64), multiprocessors=8),  # several exchanges
+    Case("Q8_0", 20, 300, 512, configuration=Clustered("Q8_0", 32), multiprocessors=8),
+    Case("Q8_0", 64, 100, 1024, configuration=Clustered("Q8_0", 64), multiprocessors=8),
+    Case("Q4_K", 16, 100, 2048, configuration=Clustered("Q4_K", 16), multiprocessors=8, out_dtype=bfloat16),
+    Case("Q6_K", 64, 100, 2048, configuration=Clustered("Q6_K", 64), multiprocessors=8),
+    Case("Q8_0", 9, 70, 512, x_dtype=bfloat16, pad=3, offset=2, configuration=Clustered("Q8_0", 16), multiprocessors=8),
+]
 CASES = [
     *(Case(form, 3, 40, 1024, capability=80) for form in FORMATS),
     *(Case(form, 1, 16, 512, x_dtype=np.float32, capability=80) for form in FORMATS),
@@ -116,7 +129,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + STREAMED, ids=str)
+@pytest.mark.parametrize("case", CASES + STREAMED + CLUSTERED, ids=str)
 def test_bits_of_the_emulation(gpu: HostGpu, case: Case) -> None:
     demand_bits(*run(gpu, case))
 
@@ -185,6 +198,9 @@ FAULTS = {
     "weights not waited for": (STREAMED[0], "barrier_wait(stream.barriers + place.slot * 8, place.parity);", ";"),
     "a stage overwritten": (STREAMED[16], "stream.copy_stage(a, place.slot, lane)", "stream.copy_stage(a, !place.slot, lane)"),
     "x not waited for": (STREAMED[13], "barrier_wait(x_full + x_place.slot * 8, x_place.parity);", ""),
+    "units not waited for": (CLUSTERED[0], "        sync_cluster();\n        for (int unit", "        for (int unit"),
+    "another order of units": (CLUSTERED[0], "other = 1; other < CLUSTER; ++other", "other = CLUSTER - 1; other > 0; --other"),
+    "products not waited for": (CLUSTERED[1], "wait_for_products<0>();", ""),
     "a full ring refilled": (STREAMED[13], "barrier_wait(empty + place.slot * 8, place.parity);", ""),
 }
 
