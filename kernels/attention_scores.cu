@@ -1,7 +1,7 @@
 // attention_scores: masked, scaled scores of queries against keys, for grouped heads.
 //
-//   s = sum over d of q[d] k[d]       one float32 accumulator: tensor-core blocks of 16 (or 8), d ascending, or by lanes, as
-//                                     `order` says (lanes.cuh); ROUND_SCORES: rounded to bfloat16
+//   s = sum over d of q[d] k[d]       one float32 accumulator: tensor-core blocks of 16 (or 8), d ascending, as `order` says
+//                                     (lanes.cuh; no lanes); ROUND_SCORES: rounded to bfloat16
 //   s = s * scale                     ROUND_SCALED: rounded
 //   s = s + (seen ? 0 : lowest)       lowest = bfloat16's lowest finite value; ROUND_SCALED: rounded
 // With `causal`, query t of T sees keys 0 ... S - T + t of S; all otherwise.
@@ -9,64 +9,31 @@
 // Layouts: q [batch, T, heads, D], k [batch, S, kv_heads, D] bfloat16, strides in elements, unit stride along D = DIMENSIONS (a
 // multiple of 16), rows aligned to 4 bytes; scores [batch, heads, T, row], bfloat16 or float32 (SCORES_FLOAT32), the first S of
 // each row written.
-// S is `keys`, or, where `before` is given, *before + T; the order is `order`, or, where `orders` is given, orders[2 S].
 // Schedule: a warp takes 16 rows (of heads * T of one key head) and 8 keys, four warps a block.
 // Grid: batch * kv_heads * ceil(heads / kv_heads * T / 16), ceil(S / 32).
 #include "lanes.cuh"
 #include "mma.cuh"
+#include "scores.cuh"
 
 struct Arguments {
     const u16* q;
     const u16* k;
     void* scores;
-    const int* before;
-    const int* orders;
     long long q_batch, q_token, q_head, k_batch, k_token, k_head;
     int queries, heads, kv_heads, keys, row, causal, order;
     float scale;
 };
 
-__device__ __forceinline__ float rounded(float v) { return __uint_as_float((u32)round_nearest_even(__float_as_uint(v)) << 16); }
-
 __device__ __forceinline__ u32 pair(const u16* row, int at) { return row ? *(const u32*)(row + at) : 0u; }
 
-__device__ __forceinline__ float wide(u16 code) { return __uint_as_float((u32)code << 16); }
-
-// One score from its accumulator on: rounded, scaled, masked, stored.
-__device__ __forceinline__ void finish(const Arguments& a, float s, int entry, int head, int token, int key, int keys) {
-    if (ROUND_SCORES) s = rounded(s);
-    s = __fmul_rn(s, a.scale);
-    if (ROUND_SCALED) s = rounded(s);
-    const bool hidden = a.causal && key > keys - a.queries + token;
-    s = __fadd_rn(s, hidden ? __uint_as_float(0xFF7F0000u) : 0.0f);
-    const long long at = (((long long)entry * a.heads + head) * a.queries + token) * a.row + key;
-#if SCORES_FLOAT32
-    ((float*)a.scores)[at] = s;
-#else
-    ((u16*)a.scores)[at] = round_nearest_even(__float_as_uint(s));
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(128) attention_scores(const __grid_constant__ Arguments a) {
-    const int keys = a.before ? *a.before + a.queries : a.keys;
+    const int keys = a.keys;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_key = blockIdx.y * 32 + threadIdx.x / 32 * 8;
     if (first_key >= keys) return;
     const int group = a.heads / a.kv_heads, rows = group * a.queries, tiles = (rows + 15) / 16;
     const int tile = blockIdx.x % tiles, kv = blockIdx.x / tiles % a.kv_heads, entry = blockIdx.x / tiles / a.kv_heads;
-    const Order order(a.orders ? a.orders[2 * keys] : a.order);
-    if (order.lanes) {
-        const int key = first_key + lane % 8;
-        const u16* k = a.k + entry * a.k_batch + key * a.k_token + kv * a.k_head;
-        for (int row = tile * 16 + lane / 8; row < tile * 16 + 16 && row < rows && key < keys; row += 4) {
-            const int head = kv * group + row / a.queries, token = row % a.queries;
-            const u16* q = a.q + entry * a.q_batch + token * a.q_token + head * a.q_head;
-            const float s = sum_by_lanes(order, DIMENSIONS, [q](int d) { return wide(q[d]); }, [k](int d) { return wide(k[d]); });
-            finish(a, s, entry, head, token, key, keys);
-        }
-        return;
-    }
-
+    const Order order(a.order);
     int head[2], token[2];
     const u16* q[2];
 #pragma unroll
@@ -93,6 +60,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_scores(const __grid_
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int half = i / 2, key = first_key + 2 * t + i % 2;
-        if (q[half] != nullptr && key < keys) finish(a, c[i], entry, head[half], token[half], key, keys);
+        const bool hidden = a.causal && key > keys - a.queries + token[half];
+        const long long at = (((long long)entry * a.heads + head[half]) * a.queries + token[half]) * a.row + key;
+        if (q[half] != nullptr && key < keys) finish(a.scores, c[i], a.scale, hidden, at);
     }
 }

@@ -14,6 +14,8 @@
 // Grid: rows / 4 (BLOCK 0), rounded up, or rows.
 #include "elements.cuh"
 #include "exponential.cuh"
+#include "launches.cuh"
+#include "row_sums.cuh"
 
 typedef Element<X_FLOAT32 != 0>::type X;
 
@@ -25,23 +27,10 @@ struct Arguments {
     int columns;
 };
 
-__device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));
-    return v;
-}
-
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) v = larger(v, __shfl_xor_sync(0xffffffffu, v, offset));
-    return v;
-}
-
 // Sum of exp(x - most) over the elements of one thread of `threads`, in steps of that many.
 __device__ __forceinline__ float strided_sum(const X* x, int columns, int thread, int threads, float most) {
     float sum = 0.0f;
+#pragma unroll 4
     for (int i = thread; i < columns; i += threads) sum = __fadd_rn(sum, exponential(__fsub_rn(widen(x[i]), most)));
     return sum;
 }
@@ -56,6 +45,7 @@ __device__ __forceinline__ float vector_sum(const X* x, int columns, int thread,
         start = 1024 - shift;
     }
     const int whole = shared_memory ? columns : (columns - start) / 4096 * 4096;
+#pragma unroll 2
     for (int i = thread * 4; i < whole; i += 4096)
         for (int j = 0; j < 4; ++j) sum = __fadd_rn(sum, exponential(__fsub_rn(widen(x[start + i + j]), most)));
     for (int i = start + whole + thread; i < columns; i += 1024)
@@ -63,19 +53,30 @@ __device__ __forceinline__ float vector_sum(const X* x, int columns, int thread,
     return sum;
 }
 
+// y may be x: a thread writes what it alone has read; four elements are read before the first is written.
 __device__ __forceinline__ void write(const X* x, u16* y, int columns, int thread, int threads, float most, float sum) {
-    for (int i = thread; i < columns; i += threads)
-        y[i] = (u16)round_pair(__fdiv_rn(exponential(__fsub_rn(widen(x[i]), most)), sum), 0.0f);
+    for (int first = thread; first < columns; first += 4 * threads) {
+        float of_x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) of_x[i] = first + i * threads < columns ? widen(x[first + i * threads]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (first + i * threads < columns)
+                y[first + i * threads] = (u16)round_pair(__fdiv_rn(exponential(__fsub_rn(of_x[i], most)), sum), 0.0f);
+    }
 }
 
 #if BLOCK
 extern "C" __global__ void __launch_bounds__(1024, 1) softmax(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) unsigned char memory[];
     float* of_warps = (float*)memory;
+    let_next_kernel_begin();
+    wait_for_previous_kernel();
     const int columns = a.before ? *a.before + a.columns : a.columns;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const X* x = a.x + (long long)blockIdx.x * a.row;
     float most = -__uint_as_float(0x7F800000u);
+#pragma unroll 4
     for (int i = thread; i < columns; i += 1024) most = larger(widen(x[i]), most);
     most = warp_max(most);
     if (lane == 0) of_warps[warp] = most;
@@ -101,12 +102,15 @@ extern "C" __global__ void __launch_bounds__(1024, 1) softmax(const __grid_const
 }
 #else
 extern "C" __global__ void __launch_bounds__(128) softmax(const __grid_constant__ Arguments a) {
+    let_next_kernel_begin();
+    wait_for_previous_kernel();
     const int columns = a.before ? *a.before + a.columns : a.columns;
     const int lane = threadIdx.x % 32;
     const long long row = (long long)blockIdx.x * 4 + threadIdx.x / 32;
     if (row >= a.rows) return;
     const X* x = a.x + row * a.row;
     float most = -__uint_as_float(0x7F800000u);
+#pragma unroll 8
     for (int i = lane; i < columns; i += 32) most = larger(widen(x[i]), most);
     most = warp_max(most);
     const float sum = warp_sum(strided_sum(x, columns, lane, 32, most));

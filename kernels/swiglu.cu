@@ -6,6 +6,7 @@
 // float32 where X_FLOAT32, else bfloat16. 1-D grid, grid-stride loop, any count.
 #include "elements.cuh"
 #include "exponential.cuh"
+#include "launches.cuh"
 
 typedef Element<X_FLOAT32 != 0>::type X;
 typedef Element<Y_FLOAT32 != 0>::type Y;
@@ -23,6 +24,8 @@ __device__ __forceinline__ void store_one(u16* y, float v) { *y = (u16)round_pai
 __device__ __forceinline__ void store_one(float* y, float v) { *y = v; }
 
 extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__ Arguments a) {
+    let_next_kernel_begin();
+    wait_for_previous_kernel();
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < a.count; i += stride) {
         const long long row = i / a.columns;

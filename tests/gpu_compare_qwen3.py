@@ -2,14 +2,16 @@
 
 A Qwen3-0.6B with random weights (28 layers; both sides get the same arrays). Prompts and greedy decoding are compared with
 transformers (eager, bfloat16) in the same process: every logit's bits, every token, and the first intermediate that differs.
---speed: decoding at batch 1 and 8 under CUDA graphs: cufuse, transformers eager, transformers compiled; tokens per second beside
-what reading the weights once a token allows. Results go to --json.
+--speed: decoding at batch 1 and 8 under CUDA graphs: cufuse, also with its layers' projections as Q4_0, transformers eager,
+transformers compiled; tokens per second beside what reading the weights once a token allows. Results go to --json.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,13 @@ def main() -> None:
 
 
 def transformers_model(ours: qwen3.Qwen3) -> Any:
-    """The same weights in transformers, RoPE's frequencies in float32 as ``from_pretrained`` leaves them."""
+    """The same weights in transformers, RoPE's frequencies in float32 as ``from_pretrained`` leaves them.
+
+    It computes them on the CPU and copies them to the device: transformers 5.17.0, modeling_utils.py, moves non-persistent buffers
+    off the meta device empty (``_move_missing_keys_from_meta_to_device``), then ``_init_weights`` fills ``inv_freq`` with
+    ``rope_fn(module.config)``, no device given. Under ``torch.device("cuda")`` the GPU's pow would make them, whose results differ
+    from the CPU's by an ulp here and there.
+    """
     from transformers import Qwen3Config
     from transformers.models.qwen3 import modeling_qwen3
 
@@ -63,9 +71,12 @@ def transformers_model(ours: qwen3.Qwen3) -> Any:
     )  # fmt: skip
     with library.device("cuda"):
         model = modeling_qwen3.Qwen3ForCausalLM(theirs).eval()
-    frequencies = model.model.rotary_emb.inv_freq.clone()
+    rotary = model.model.rotary_emb
+    frequencies = rotary.compute_default_rope_parameters(theirs)[0]
+    assert frequencies.device.type == "cpu" and frequencies.dtype == library.float32
+    print(f"frequencies that the GPU computes otherwise: {int((rotary.inv_freq.cpu() != frequencies).sum())} of {len(frequencies)}")
     model = model.to(library.bfloat16)
-    model.model.rotary_emb.inv_freq = frequencies
+    model.model.rotary_emb.inv_freq = frequencies.cuda()
     weights = ours.weights
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
     if not config.tie_word_embeddings:
@@ -135,13 +146,15 @@ def compare_decoding(ours: qwen3.Qwen3, theirs: Any, batch: int, n: int) -> dict
 
 def speed(ours: qwen3.Qwen3, theirs: Any, batch: int, compiled: bool) -> dict[str, Any]:
     """Milliseconds a step of decoding with 512 positions in the cache, medians; all under CUDA graphs."""
-    found: dict[str, Any] = {"cufuse": cufuse_step(ours, batch)}
+    found: dict[str, Any] = {"cufuse": cufuse_step(ours, batch, "torch")}
+    found["cufuse, Q4_0 projections"] = cufuse_step(quantised(ours), batch, "block-scaled")
     peers = {"transformers eager, graph": eager_step} | ({"transformers compiled": compiled_step} if compiled else {})
     for name, peer in peers.items():
         try:
             found[name] = peer(theirs, batch)
         except Exception as error:  # a peer that cannot be captured must not hide the other figures
-            found[name] = repr(error)[:300]
+            print(f"{name}:", "".join(traceback.format_tb(error.__traceback__)[-5:]), repr(error)[:600], sep="\n", flush=True)
+            found[name] = repr(error)[:100]
     weights = 2 * sum(parameter.numel() for parameter in theirs.parameters())
     floor = 1e3 * weights / STREAM_BYTES_A_SECOND
     rows: dict[str, Any] = {"weights_read_once_ms": round(floor, 4)}
@@ -150,14 +163,19 @@ def speed(ours: qwen3.Qwen3, theirs: Any, batch: int, compiled: bool) -> dict[st
     return rows
 
 
-def cufuse_step(ours: qwen3.Qwen3, batch: int) -> float:
-    from cufuse import named_recipes
-    from cufuse.qwen3.gpu import GreedyGraph
+@functools.cache
+def quantised(ours: qwen3.Qwen3) -> qwen3.Qwen3:
+    return ours.quantised("Q4_0")
 
-    decoder = ours._gpu().decoder
-    cache = decoder.new_cache(named_recipes.get("torch"), batch, 512 + 256)
-    decoder.run(ids(batch, 512), named_recipes.get("torch"), cache=cache, last_only=True)
-    graph = GreedyGraph(decoder, named_recipes.get("torch"), cache, 256)
+
+def cufuse_step(ours: qwen3.Qwen3, batch: int, recipe: str) -> float:
+    from cufuse import named_recipes
+    from cufuse.qwen3.gpu_greedy import GreedyGraph
+
+    decoder, numerics = ours._gpu().decoder, named_recipes.get(recipe)
+    cache = decoder.new_cache(numerics, batch, 512 + 256)
+    decoder.run(ids(batch, 512), numerics, cache=cache, last_only=True)
+    graph = GreedyGraph(decoder, numerics, cache, 256)
     graph.start(cupy().zeros(batch, np.int64))
     graph.step()
     times = []
@@ -172,9 +190,12 @@ def cufuse_step(ours: qwen3.Qwen3, batch: int) -> float:
     return statistics.median(times)
 
 
-def static_step(theirs: Any, batch: int, forward: Any) -> tuple[Any, Any]:
-    """A function that decodes one token for each row into a static cache of 768 positions, 512 of them taken, and its token
-    buffer."""
+def static_step(theirs: Any, batch: int, forward: Any, mask_too: bool) -> Any:
+    """A function that decodes one token for each row into a static cache of 768 positions, 512 of them taken.
+
+    mask_too : with a mask of its own, as ``generate`` prepares it (a dict, transformers 5.17.0, modeling_qwen3.py).
+    The one that transformers makes copies a zero from the host (masking_utils.py, ``eager_mask``), which no capture allows.
+    """
     import transformers
 
     library = torch()
@@ -182,14 +203,22 @@ def static_step(theirs: Any, batch: int, forward: Any) -> tuple[Any, Any]:
     with library.no_grad():
         theirs(library.from_numpy(ids(batch, 512)).cuda(), past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = library.zeros((batch, 1), dtype=library.int64, device="cuda")
-    position = library.full((1, 1), 512, dtype=library.int64, device="cuda").expand(batch, 1).contiguous()
+    position = library.full((batch, 1), 512, dtype=library.int64, device="cuda")
+    places = library.arange(768, device="cuda")
+    seen = library.zeros((), dtype=library.bfloat16, device="cuda")
+    hidden = library.full((), library.finfo(library.bfloat16).min, dtype=library.bfloat16, device="cuda")
 
     def step() -> None:
         with library.no_grad():
-            logits = forward(token, past_key_values=cache, position_ids=position, use_cache=True, logits_to_keep=1).logits
+            given = {"past_key_values": cache, "position_ids": position, "use_cache": True, "logits_to_keep": 1}
+            if mask_too:
+                mask = library.where(places <= position, seen, hidden)
+                given["attention_mask"] = {"full_attention": mask[:, None, None, :]}
+            logits = forward(token, **given).logits
             token.copy_(logits[:, -1:].argmax(-1))
+            position.add_(1)
 
-    return step, token
+    return step
 
 
 def timed(replay: Any) -> float:
@@ -207,8 +236,9 @@ def timed(replay: Any) -> float:
 
 def eager_step(theirs: Any, batch: int) -> float:
     library = torch()
-    step, _ = static_step(theirs, batch, theirs)
+    step = static_step(theirs, batch, theirs, True)
     stream = library.cuda.Stream()
+    stream.wait_stream(library.cuda.current_stream())
     with library.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -221,7 +251,7 @@ def eager_step(theirs: Any, batch: int) -> float:
 
 def compiled_step(theirs: Any, batch: int) -> float:
     library = torch()
-    step, _ = static_step(theirs, batch, library.compile(theirs, mode="reduce-overhead", fullgraph=False))
+    step = static_step(theirs, batch, library.compile(theirs, mode="reduce-overhead", fullgraph=False), False)
     for _ in range(4):
         step()
     library.cuda.synchronize()

@@ -12,6 +12,9 @@ import pytest
 import cufuse
 from cufuse import _gpu_decoder, mlp
 from cufuse.attention import stages
+from cufuse.bf16 import round_to_bf16 as bf16
+from cufuse.emulation import attention_products
+from cufuse.emulation.attention_products import Order, multiply
 from cufuse.qwen3.decoder import greedy
 from cufuse.residual import add
 from cufuse.softmax import softmax
@@ -49,40 +52,114 @@ def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> HostGpu:
     return found
 
 
-# among them every kind of order: lanes of vectors, parts, strided lanes, an incomplete tile first, blocks of 8
-ATTENTION_SHAPES = [
-    (1, 1, 1), (1, 1, 37), (2, 1, 16), (1, 7, 7), (1, 13, 40), (2, 19, 33), (1, 1, 513), (4, 1, 41), (4, 1, 258), (32, 1, 9),
-    (32, 1, 66), (1, 2, 130), (4, 2, 259),
-]  # fmt: skip
+# among them an incomplete tile first, blocks of 8
+ATTENTION_SHAPES = [(1, 7, 7), (1, 13, 40), (2, 19, 33), (1, 2, 130), (4, 2, 259), (4, 13, 301)]
+
+
+def products(batch: int, queries: int, keys: int, heads: tuple[int, int], size: int) -> tuple[np.ndarray, ...]:
+    return tuple(
+        random_bf16(seed, batch, n, h, size, scale=2)
+        for seed, (n, h) in enumerate(((queries, heads[0]), (keys, heads[1]), (keys, heads[1])))
+    )
+
+
+def buffers(numerics: Any, rows: int, row: int, out: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, weights (the same memory where they may be) and attended."""
+    scores = np.full((rows, row), np.nan, np.float32) if not numerics.round_scaled else np.full((rows, row), 0x7FC0, np.uint16)
+    weights = scores if scores.itemsize == 2 else np.full(scores.shape, 0x7FC0, np.uint16)
+    return scores, weights, np.empty(out, cufuse.bfloat16 if numerics.round_output else np.float32)
 
 
 @pytest.mark.parametrize("recipe", [EXACT, EXACT32], ids=lambda one: one.name)
 @pytest.mark.parametrize(("batch", "queries", "keys"), ATTENTION_SHAPES)
-def test_attention(gpu: HostGpu, recipe: Any, batch: int, queries: int, keys: int) -> None:
-    q, k, v = (random_bf16(seed, batch, n, h, 64, scale=2) for seed, (n, h) in enumerate(((queries, 4), (keys, 2), (keys, 2))))
-    numerics = recipe.attention
+def test_attention_of_several_queries(gpu: HostGpu, recipe: Any, batch: int, queries: int, keys: int) -> None:
+    q, k, v = products(batch, queries, keys, (4, 2), 64)
     expected = stages(q, k, v, 0.125, True, recipe, keep=True)
-    row = -(-keys // 8) * 8 + 8  # a cache with room behind the last key
-    scores = np.full((batch * 4 * queries, row), 0x7FC0, np.uint16)
-    if not numerics.round_scaled:
-        scores = np.full(scores.shape, np.nan, np.float32)
-    weights = scores if scores.itemsize == 2 else np.full(scores.shape, 0x7FC0, np.uint16)
-    out = np.empty((batch, queries, 4, 64), cufuse.bfloat16 if numerics.round_output else np.float32)
-    before = np.array([keys - queries], np.int32)
-    capacity = np.full((2, batch, row, 2, 64), 0x7FC0, np.uint16)
-    capacity[0, :, :keys], capacity[1, :, :keys] = k.view(np.uint16), v.view(np.uint16)
-    arrays = [Array(one) for one in (q, *(cache.view(cufuse.bfloat16) for cache in capacity), scores, weights, out)]
-    table = np.array([_gpu_decoder.order_codes(numerics, batch * 4, queries, max(n, 1)) for n in range(keys + 1)], np.int32)
-    _gpu_decoder.run_attention(*arrays, keys, 0.125, True, numerics, 0, (0, 0), before.ctypes.data, table.ctypes.data)
+    scores, weights, out = buffers(recipe.attention, batch * 4 * queries, -(-keys // 8) * 8 + 8, q.shape)
+    both = _gpu_decoder.order_codes(recipe.attention, batch * 4, queries, keys)
+    arrays = [Array(one) for one in (q, k, v, scores, weights, out)]
+    _gpu_decoder.run_attention(*arrays, keys, 0.125, True, recipe.attention, 0, both)
     by_rows = np.ascontiguousarray(expected["weights"].swapaxes(1, 2)).reshape(-1, keys)
     demand_bits(np.ascontiguousarray(weights[:, :keys]).view(cufuse.bfloat16), by_rows, "weights")
     demand_bits(out, expected["attended"], "attended")
-    plain = np.empty_like(out)
-    scores[...] = 0
-    arrays = [Array(one) for one in (q, k, v, scores, weights, plain)]
-    both = _gpu_decoder.order_codes(numerics, batch * 4, queries, keys)
-    _gpu_decoder.run_attention(*arrays, keys, 0.125, True, numerics, 0, both)
-    demand_bits(plain, out, "without a cache")
+
+
+def decoded(gpu: HostGpu, recipe: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, fused: bool, room: int) -> np.ndarray:
+    """Attention of one query a sequence over a cache with some room behind the last key, orders from a table."""
+    (batch, _, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
+    row = -(-(keys + room) // 8) * 8
+    scores, weights, out = buffers(recipe.attention, batch * heads, row, q.shape)
+    capacity = np.full((2, batch, keys + room, kv_heads, size), 0x7FC0, np.uint16)
+    capacity[0, :, :keys], capacity[1, :, :keys] = k.view(np.uint16), v.view(np.uint16)
+    before = np.array([keys - 1], np.int32)
+    table = np.array([_gpu_decoder.order_codes(recipe.attention, batch * heads, 1, max(n, 1)) for n in range(keys + 1)], np.int32)
+    arrays = [Array(one) for one in (q, *(cache.view(cufuse.bfloat16) for cache in capacity), scores)]
+    given = (None if fused else Array(weights), Array(out))
+    addresses = (before.ctypes.data, table.ctypes.data)
+    _gpu_decoder.run_decode(*arrays, *given, 0, 0.125, recipe.attention, 0, (0, 0), *addresses, True)
+    return out
+
+
+# among them every kind of order: lanes of vectors, parts, strided lanes, added ascending and by halving, and blocks
+@pytest.mark.parametrize("recipe", [EXACT, EXACT32], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    ("batch", "keys", "heads", "size"),
+    [
+        (1, 1, (4, 2), 64), (1, 37, (4, 2), 128), (2, 16, (4, 2), 64), (1, 513, (4, 2), 128), (4, 41, (4, 2), 64),
+        (4, 258, (4, 2), 64), (32, 9, (4, 2), 64), (32, 66, (4, 2), 64), (1, 195, (3, 1), 64), (4, 640, (4, 4), 64),
+        (1, 50, (11, 1), 64), (1, 513, (16, 8), 64), (1, 1029, (4, 2), 64),
+    ],
+)  # fmt: skip
+def test_attention_of_one_query(gpu: HostGpu, recipe: Any, batch: int, keys: int, heads: tuple[int, int], size: int) -> None:
+    q, k, v = products(batch, 1, keys, heads, size)
+    expected = stages(q, k, v, 0.125, True, recipe, keep=True)["attended"]
+    demand_bits(decoded(gpu, recipe, q, k, v, True, 5), expected, "softmax in the same launch")
+    demand_bits(decoded(gpu, recipe, q, k, v, False, 5), expected, "softmax apart")
+    scores, weights, out = buffers(recipe.attention, batch * heads[0], -(-keys // 8) * 8, q.shape)
+    both = _gpu_decoder.order_codes(recipe.attention, batch * heads[0], 1, keys)
+    arrays = [Array(one) for one in (q, k, v, scores)]
+    for given in (None, Array(weights)):
+        _gpu_decoder.run_attention(*arrays, given, Array(out), keys, 0.125, True, recipe.attention, 0, both)
+        demand_bits(out, expected, "without a cache")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order(lanes, vector, ascending)
+        for lanes, vector, ascending in (
+            (1, 1, False), (2, 0, True), (4, 0, False), (8, 1, False), (16, 8, False), (16, 1, True), (32, 16, False),
+            (64, 2, True), (128, 4, False), (128, 16, True),
+        )
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_order_of_lanes(gpu: HostGpu, order: Order) -> None:
+    """Orders that no record has yet, three chunks of values, weights with zeros and values that cancel."""
+    keys = 1100
+    q, k, v = products(1, 1, keys, (2, 1), 64)
+    v[0, 1::2] = -v[0, ::2]
+    scores, weights, out = buffers(EXACT.attention, 2, 1104, q.shape)
+    code = order.lanes | order.vector << 8 | order.ascending << 16
+    arrays = [Array(one) for one in (q, k, v, scores, weights, out)]
+    with np.errstate(all="ignore"):
+        _gpu_decoder.run_attention(*arrays, keys, 0.125, True, EXACT.attention, 0, (code, code))
+        raw = bf16(multiply(q[0, 0], k[0, :, 0], order, "sm_90"))
+        scaled = bf16(raw.astype(np.float32) * np.float32(0.125))
+        shares = softmax(scaled, recipe=EXACT)
+        expected = bf16(multiply(shares, np.ascontiguousarray(v[0, :, 0].T), order, "sm_90"))
+    demand_bits(np.ascontiguousarray(weights[:, :keys]).view(cufuse.bfloat16), shares, "weights")
+    demand_bits(out[0, 0], expected, "attended")
+
+
+def test_orders_that_are_recorded_have_powers_of_two() -> None:
+    """As the kernels want them."""
+    for count in (1, 4, 16, 64, 128, 512):
+        for keys in range(1, 3000):
+            for order in attention_products.orders(count, 1, keys):
+                assert order.lanes <= 128 and order.lanes & (order.lanes - 1) == 0
+                assert order.vector & (order.vector - 1) == 0
+                assert (order.tile, order.block) == (0, 16)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 1024, 2048, 2049, 9216, 9217, 9220, 12256])
@@ -121,9 +198,9 @@ def test_gather_and_argmax(gpu: HostGpu) -> None:
     _gpu_decoder.gather(Array(table), Array(ids), Array(rows))
     demand_bits(rows, table[ids])
 
-    logits = random_bf16(5, 4, 1500)
-    logits[1, 900] = logits[1, 77] = 9  # a tie: the first
-    logits[2, [5, 1400]] = np.nan  # NaN before all
+    logits = random_bf16(5, 4, 4500)
+    logits[1, 4100] = logits[1, 900] = logits[1, 77] = 9  # a tie: the first
+    logits[2, [5, 1400, 4400]] = np.nan  # NaN before all
     logits[3] = -np.inf
     for given in (logits, logits.astype(np.float32)):
         chosen = np.zeros(4, np.int64)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cufuse
+from cufuse import qwen3
 from cufuse.attention import attention
 from cufuse.bf16 import bfloat16
 from cufuse.mlp import silu, swiglu
@@ -78,6 +79,21 @@ def test_attention_beyond_one_warp_of_keys() -> None:
     demand_cases("attention", [against_numpy("2100 keys", attention, q, k, v)])
 
 
+@pytest.mark.parametrize(
+    ("batch", "keys", "heads", "kv_heads", "size"),
+    [
+        (1, 513, 16, 8, 128), (1, 640, 16, 8, 128), (8, 641, 16, 8, 128), (8, 100, 16, 8, 128), (1, 700, 32, 4, 64),
+        (1, 2047, 4, 2, 256), (1, 2051, 16, 8, 128), (1, 9300, 4, 2, 128), (1, 12301, 5, 1, 64),
+    ],
+)  # fmt: skip
+def test_attention_of_one_query_is_the_emulation(batch: int, keys: int, heads: int, kv_heads: int, size: int) -> None:
+    """Softmax in the same launch as the values, and apart (more than 2048 keys); chunks, several blocks of keys."""
+    shapes = ((1, heads), (keys, kv_heads), (keys, kv_heads))
+    q, k, v = (random_bf16(seed, batch, n, h, size, scale=2) for seed, (n, h) in enumerate(shapes))
+    cases = [against_numpy(recipe, functools.partial(attention, recipe=recipe), q, k, v) for recipe in ("torch", "float32")]
+    demand_cases("attention", cases)
+
+
 def one_slice(name: str) -> cufuse.Recipe:
     """A recipe that does not ask cuBLAS, whose answers for the small model's shapes the emulation need not know."""
     recipe = cufuse.recipes[name]
@@ -105,6 +121,29 @@ def test_greedy_decoding(name: str, batch: int) -> None:
     found = small_qwen3().generate(to_gpu(ids), 40, recipe=recipe)
     assert to_host(found.tokens).tolist() == expected.tokens.tolist()
     demand_same("decoder, emulation", found.logits, expected.logits, f"{name}, batch {batch}, logits")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_replayed_graph_is_step_by_step(batch: int) -> None:
+    """At full width, where kernels that begin early overlap: what the chain of dependents gives, and one pass after the other."""
+    ids = to_gpu(np.random.default_rng(batch).integers(0, 151936, (batch, 505)))
+    model = qwen3.synthetic("qwen3-0.6b", layers=3)
+    replayed = model.generate(ids, 40)
+    passes = model.generate(ids, 40, intermediates=[])
+    assert to_host(replayed.tokens).tolist() == to_host(passes.tokens).tolist()
+    demand_same("decoder, graph and passes", replayed.logits, to_host(passes.logits), f"batch {batch}, logits")
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_quantised_projections(batch: int) -> None:
+    """Taken as they are by the graph, and decoded step by step, against the emulation."""
+    model = small_qwen3().quantised("Q4_0")
+    ids = small_model.decode_prompts(batch)
+    for name, steps in (("block-scaled", 24), ("torch", 4)):
+        recipe = one_slice(name)
+        expected, found = model.generate(ids, steps, recipe=recipe), model.generate(to_gpu(ids), steps, recipe=recipe)
+        assert to_host(found.tokens).tolist() == expected.tokens.tolist()
+        demand_same("decoder, emulation", found.logits, expected.logits, f"Q4_0, {name}, batch {batch}, logits")
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import cufuse
 from cufuse import _driver, _gpu_gemm, _gpu_linear, _gpu_qkv, launch
 from cufuse._model_config import ModelConfig
 from cufuse.qwen3 import Qwen3
+from cufuse.qwen3.gpu_greedy import GreedyGraph
 from cufuse.qwen3.weights import assemble
 from tests import host_gpu, linear_on_host
 from tests.golden import inputs
@@ -75,6 +76,12 @@ class DeviceArray(np.ndarray):
 
     def get(self) -> np.ndarray:
         return np.array(self)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if Stream.capturing is None:
+            super().__setitem__(key, value)
+        else:
+            Stream.capturing.append((lambda _: np.ndarray.__setitem__(self, key, value), b""))
 
 
 class Stream:
@@ -145,7 +152,8 @@ class Recorded:
             Stream.capturing.append((self.prepared, arguments))
 
 
-OURS = ("attention_", "softmax", "swiglu", "add.", "gather", "argmax", "linear_", "rms_norm_linear", "sum_slices", "split_float32")
+OURS = ("attention_", "softmax", "swiglu", "add.", "gather", "argmax", "linear_", "rms_norm_linear", "sum_slices", "split_float32",
+        "quantised_linear")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +175,16 @@ def cupy(monkeypatch: pytest.MonkeyPatch, machines: tuple[Any, Any]) -> Iterator
             return Recorded(machine.prepare(kernel, device, grid, **options))
 
         counters = np.zeros(4096, np.uint8).ctypes
+        kept: list[Any] = []  # a graph holds addresses
+
+        def temporary(shape: Any, dtype: Any, purpose: str, kept: list[Any] = kept, found: Any = found) -> Any:
+            kept.append(found.empty(shape, dtype))
+            return kept[-1]
+
         for name, value in (
             ("prepare", prepare),
             ("workspace", tensor.workspace),
+            ("temporary", temporary),
             ("counters", lambda device, held=counters: held.data),
             ("current_device", lambda: 0),
             ("on_device", lambda device: contextlib.nullcontext()),
@@ -200,7 +215,8 @@ def test_intermediates(cupy: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "batch"), [("torch", 3), ("late-rounding", 1)])
-def test_greedy_graph(cupy: Any, name: str, batch: int) -> None:
+def test_greedy_graph(cupy: Any, machines: tuple[Any, Any], name: str, batch: int) -> None:
+    machines[1].launched.clear()
     recipe, model = exact(name), tiny()
     ids = (np.arange(batch * 3).reshape(batch, 3) * 11 + 5) % 96
     expected = model.generate(ids, 6, recipe=recipe)
@@ -209,6 +225,35 @@ def test_greedy_graph(cupy: Any, name: str, batch: int) -> None:
     assert np.array(found.tokens).tolist() == expected.tokens.tolist()
     demand_bits(np.array(found.logits), expected.logits, "logits")
     assert seen == expected.tokens[0].tolist()
+    launched = {kernel.source for kernel in machines[1].launched}
+    assert {"rms_norm_linear_sm90.cu", "attention_decode_scores.cu", "attention_decode_values.cu"} <= launched
+
+
+@pytest.mark.parametrize(
+    ("name", "one_order", "batch"),
+    [("block-scaled", True, 1), ("block-scaled", True, 3), ("block-scaled", False, 1)],
+)
+def test_quantised_projections(
+    cupy: Any, machines: tuple[Any, Any], name: str, one_order: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the graph where head norms of q and k have one order, else step by step."""
+    recipe, model = exact(name), tiny().quantised("Q4_0")
+    if one_order:
+        sums = {"sum_order": "torch-rms-norm", "contract": True, "mean": "divide"}
+        recipe = recipe.derive("one order", head_norm=CORRECT | sums)
+    replays: list[int] = []
+    step = GreedyGraph.step
+    monkeypatch.setattr(GreedyGraph, "step", lambda self: (replays.append(1), step(self)))
+    ids = (np.arange(batch * 3).reshape(batch, 3) * 11 + 5) % 96
+    expected = model.generate(ids, 4, recipe=recipe)
+    found = model.generate(cupy.asarray(ids), 4, recipe=recipe)
+    assert np.array(found.tokens).tolist() == expected.tokens.tolist()
+    demand_bits(np.array(found.logits), expected.logits, "logits")
+    assert len(replays) == (3 if one_order else 0)
+    plain = tiny().generate(ids, 4, recipe=recipe)
+    assert plain.logits.view(np.uint16).tolist() != expected.logits.view(np.uint16).tolist()
+    with pytest.raises(TypeError, match="quantised already"):
+        model.quantised("Q8_0")
 
 
 def test_step_by_step_where_heads_are_float32(cupy: Any) -> None:

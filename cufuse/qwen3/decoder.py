@@ -15,6 +15,7 @@ from cufuse.emulation import cublas, tensor_core
 from cufuse.emulation.attention_products import one_slice
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.norm import add_residual, normalise
+from cufuse.quantised.weight import QuantisedWeight
 from cufuse.qwen3.weights import Layer, Weights
 from cufuse.recipe import Gemm, Recipe
 from cufuse.rope import rope_tables, rotate
@@ -164,7 +165,7 @@ class _Pass:
         recipe, size = self.recipe, self.config.head_dim
         found: dict[str, np.ndarray] = {}
         projections = {"q": weights.q_proj, "k": weights.k_proj, "v": weights.v_proj}
-        packed = sum(len(weight) for weight in projections.values()) if recipe.packed_projections else None
+        packed = sum(weight.shape[0] for weight in projections.values()) if recipe.packed_projections else None
         for key, weight in projections.items():
             found[key] = self._project(normalised, weight, recipe.gemm, packed).reshape(self.rows, -1, size)
             self._kept(name + key, found[key])
@@ -184,7 +185,7 @@ class _Pass:
         return steps["attended"].reshape(self.rows, -1)
 
     def _mlp(self, name: str, normalised: np.ndarray, weights: Layer, dense: Gemm) -> None:
-        packed = 2 * len(weights.gate_proj) if self.recipe.packed_projections else None
+        packed = 2 * weights.gate_proj.shape[0] if self.recipe.packed_projections else None
         gate = self._project(normalised, weights.gate_proj, dense, packed)
         up = self._project(normalised, weights.up_proj, dense, packed)
         activated = mlp.activated(gate, self.recipe.mlp)
@@ -209,11 +210,14 @@ class _Pass:
             self.keep("logits", logits)
         return logits
 
-    def _project(self, x: np.ndarray, weight: np.ndarray, numerics: Gemm, packed: int | None = None) -> np.ndarray:
+    def _project(self, x: np.ndarray, weight: Any, numerics: Gemm, packed: int | None = None) -> np.ndarray:
         """x W^T; ``packed``: the rows of the packed weight that this one is part of, by which cuBLAS chooses its slices."""
-        m, k = x.shape
-        slices = self.decoder.slices(m, packed or len(weight), k, numerics)
-        if x.dtype != bfloat16 or m * weight.size >= _ONE_THREAD:
+        (m, k), n = x.shape, weight.shape[0]
+        quantised = isinstance(weight, QuantisedWeight)
+        if quantised and numerics.quantised != "decoded":
+            return gemm.project(x, weight, numerics, numerics.quantised_slices)
+        slices = self.decoder.slices(m, packed or n, k, numerics)
+        if quantised or x.dtype != bfloat16 or m * n * k >= _ONE_THREAD:
             return gemm.project(x, weight, numerics, slices)
         total = tensor_core.matmul(x, weight, core=numerics.core, k_slices=slices, threads=1)
         return nearest(total) if numerics.output == "bfloat16" else total

@@ -1,8 +1,7 @@
-"""The decoder on a GPU: the kernels of the single operations, one after the other; greedy decoding as a replayed CUDA graph.
+"""The decoder on a GPU: the kernels of the single operations, one after the other.
 
 The same bits as ``decoder.py`` gives without a GPU, for every recipe whose kernels exist, where cuBLAS cuts K as was recorded.
-Weights are copied to the device once. While tokens are decoded the host neither waits nor computes: ids, positions and cache slots
-live on the device, and one captured step is replayed.
+Weights are copied to the device once. Greedy decoding as a replayed CUDA graph is in ``gpu_greedy.py``.
 """
 
 import types
@@ -10,13 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from cufuse import _gpu_decoder, _gpu_gemm, _gpu_linear, _gpu_norm, _gpu_rope, launch
+from cufuse import _gpu_decoder, _gpu_gemm, _gpu_linear, _gpu_norm, _gpu_quantised, _gpu_rope, launch
 from cufuse._gpu_decoder import codes
 from cufuse.bf16 import bfloat16
-from cufuse.qkv import rms_norm_qkv
+from cufuse.quantised.weight import QuantisedWeight, concatenate
 from cufuse.qwen3.decoder import Keep
 from cufuse.qwen3.gpu_generation import GpuCache
-from cufuse.qwen3.weights import FIELDS, Weights
+from cufuse.qwen3.weights import FIELDS, Layer, Weights
 from cufuse.recipe import Gemm, Norm, Recipe
 from cufuse.rope import rope_tables
 
@@ -35,9 +34,8 @@ class GpuDecoder:
         tied = weights.head is weights.embedding
         self.head = self.embedding if tied else _uploaded(weights.head)
         self.final_norm = _uploaded(weights.final_norm)
-        self.layers = [
-            types.SimpleNamespace(**{name: _uploaded(getattr(layer, name)) for name in FIELDS}) for layer in weights.layers
-        ]
+        self.layers = [_uploaded_layer(layer) for layer in weights.layers]
+        self.quantised = any(isinstance(layer.q_proj, QuantisedWeight) for layer in weights.layers)
 
     def _require_memory(self, weights: Weights) -> None:
         """MemoryError before anything is copied to a device that it does not fit on."""
@@ -68,12 +66,38 @@ class GpuDecoder:
         return _uploaded(cos), _uploaded(sin)
 
 
-def _uploaded(x: np.ndarray) -> Any:
-    """A NumPy array on the current device; bfloat16 travels as its codes."""
+def _uploaded(x: Any) -> Any:
+    """A NumPy array or quantised weight on the current device; bfloat16 travels as its codes."""
+    if isinstance(x, QuantisedWeight):
+        return x.on_gpu()
     import cupy
 
     dense = np.ascontiguousarray(x)
     return cupy.asarray(dense.view(np.uint16)).view(bfloat16) if dense.dtype == bfloat16 else cupy.asarray(dense)
+
+
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Projections of one input, whose weights lie one behind the other: what one launch can multiply by."""
+
+
+def _uploaded_layer(layer: Layer) -> Any:
+    """A layer's weights on the current device, by their names and those of STACKED."""
+    import cupy
+
+    found = {name: _uploaded(getattr(layer, name)) for name in FIELDS if not any(name in names for names in STACKED.values())}
+    for together, names in STACKED.items():
+        parts = [getattr(layer, name) for name in names]
+        if isinstance(parts[0], QuantisedWeight):
+            found |= {name: part.on_gpu() for name, part in zip(names, parts, strict=True)}
+            found[together] = concatenate(parts).on_gpu()
+            continue
+        ends = np.cumsum([len(part) for part in parts])
+        stack = cupy.empty((int(ends[-1]), parts[0].shape[1]), np.uint16)
+        for name, part, end in zip(names, parts, ends, strict=True):
+            stack[end - len(part) : end] = codes(_uploaded(part))
+            found[name] = stack[end - len(part) : end].view(bfloat16)
+        found[together] = stack.view(bfloat16)
+    return types.SimpleNamespace(**found)
 
 
 def slices(m: int, n: int, k: int, numerics: Gemm) -> int:
@@ -155,7 +179,7 @@ class _Pass:
     def _attention(self, index: int, name: str, normalised: Any, weights: Any) -> Any:
         recipe, size = self.recipe, self.config.head_dim
         projections = {"q": weights.q_proj, "k": weights.k_proj, "v": weights.v_proj}
-        packed = sum(len(weight) for weight in projections.values()) if recipe.packed_projections else None
+        packed = sum(weight.shape[0] for weight in projections.values()) if recipe.packed_projections else None
         found = {}
         for key, weight in projections.items():
             found[key] = self._project(normalised, weight, recipe.gemm, packed).reshape(self.rows, -1, size)
@@ -168,7 +192,7 @@ class _Pass:
         dtype = bfloat16 if recipe.rope.round_sum else np.dtype(np.float32)
         rotated = [self._empty(found[key].shape, dtype) for key in "qk"]
         _gpu_rope.rope(found["q"], found["k"], self.cos, self.sin, recipe.rope, *rotated)
-        q, k, v = (_gpu_decoder._bfloat16(x) for x in (*rotated, found["v"]))
+        q, k, v = (_gpu_decoder.as_kernels_read(x, name) for name, x in zip("qkv", (*rotated, found["v"]), strict=True))
         for key, value, unrounded in zip(("q_rotated", "k_rotated"), (q, k), rotated, strict=True):
             self._kept(name + key, value if recipe.round_output else unrounded)
         q, k, v = (x.reshape(self.batch, self.tokens, -1, size) for x in (q, k, v))
@@ -185,7 +209,9 @@ class _Pass:
         numerics, heads, size = self.recipe.attention, self.config.num_attention_heads, self.config.head_dim
         shape = (self.rows * heads, -(-keys // 8) * 8)
         scores = self._empty(shape, np.dtype(np.uint16 if numerics.round_scaled else np.float32))
-        weights = self._empty(shape, np.dtype(np.uint16))  # apart from the scores, which may be asked for
+        # apart from the scores, which may be asked for; nowhere if nobody asks
+        unseen = self.keep is None and _gpu_decoder.fuses_softmax(self.tokens, shape[1])
+        weights: Any = None if unseen else self._empty(shape, np.dtype(np.uint16))
         attended = self._empty(q.shape, bfloat16 if numerics.round_output else np.dtype(np.float32))
         both = _gpu_decoder.order_codes(numerics, self.batch * heads, self.tokens, keys)
         _gpu_decoder.run_attention(
@@ -200,7 +226,7 @@ class _Pass:
         return attended.reshape(self.rows, -1)
 
     def _mlp(self, name: str, normalised: Any, weights: Any) -> None:
-        packed = 2 * len(weights.gate_proj) if self.recipe.packed_projections else None
+        packed = 2 * weights.gate_proj.shape[0] if self.recipe.packed_projections else None
         gate = self._project(normalised, weights.gate_proj, self.dense, packed)
         up = self._project(normalised, weights.up_proj, self.dense, packed)
         gated = self._empty(gate.shape, bfloat16 if self.recipe.mlp.round_gated else np.dtype(np.float32))
@@ -210,8 +236,13 @@ class _Pass:
             self._kept(name + key, value)
 
     def _project(self, x: Any, weight: Any, numerics: Gemm, packed: int | None = None) -> Any:
-        out = self._empty((len(x), len(weight)), product_dtype(numerics))
-        return _gpu_linear.linear(x, weight, out, slices(len(x), packed or len(weight), x.shape[1], numerics))
+        n = weight.shape[0]
+        out = self._empty((len(x), n), product_dtype(numerics))
+        if isinstance(weight, QuantisedWeight):
+            decoded = numerics.quantised == "decoded"
+            cuts = slices(len(x), packed or n, x.shape[1], numerics) if decoded else None
+            return _gpu_quantised.linear(x, weight, numerics, cuts, out)
+        return _gpu_linear.linear(x, weight, out, slices(len(x), packed or n, x.shape[1], numerics))
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.cupy.empty(shape, dtype)
@@ -219,132 +250,3 @@ class _Pass:
     def _kept(self, name: str, value: Any) -> None:
         if self.keep is not None:
             self.keep(name, value.reshape(self.batch, self.tokens, *value.shape[1:]))
-
-
-class GreedyGraph:
-    """Decoding of one token for each sequence as a CUDA graph that feeds itself: argmax, cache, next position.
-
-    After ``start`` each ``step`` replays the captured launches on ``stream``; ``tokens`` [batch, steps] and ``logits`` [batch, V]
-    are on the device. Nothing else may use the cache meanwhile.
-    """
-
-    def __init__(self, decoder: GpuDecoder, recipe: Recipe, cache: GpuCache, steps: int) -> None:
-        self.decoder, self.recipe, self.cache = decoder, recipe, cache
-        self.cupy = cupy = decoder.cupy
-        batch, config = cache.batch, decoder.config
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.behind, self.dense = recipe.mlp_norm or recipe.norm, recipe.dense or recipe.gemm
-        self.tables = decoder.tables(0, cache.capacity, recipe)
-        self.ids, self.steps, self.positions, self.slots = (cupy.zeros(batch, np.int64) for _ in range(4))
-        self.before = cupy.zeros(1, np.int32)
-        self.tokens = cupy.zeros((batch, steps), np.int64)
-        hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
-        wide = np.dtype(np.float32)
-        stream_dtype = wide if recipe.residual_sum == "float32" else bfloat16
-        product, attention = product_dtype(self.dense), recipe.attention
-
-        def empty(*shape: int, dtype: Any = bfloat16) -> Any:
-            return cupy.empty(shape, dtype)
-
-        self.embedded = empty(batch, hidden)
-        self.residuals = [empty(batch, hidden, dtype=stream_dtype) for _ in range(2)]
-        self.normalised = empty(batch, hidden, dtype=norm_dtype(self.behind))
-        self.cos, self.sin = (empty(batch, size, dtype=table.dtype) for table in self.tables)
-        self.q = empty(batch, heads, size)
-        row = -(-cache.capacity // 8) * 8
-        codes_of = (_gpu_decoder.order_codes(attention, batch * heads, 1, max(keys, 1)) for keys in range(cache.capacity + 1))
-        self.orders = cupy.asarray(np.array(list(codes_of), np.int32))
-        self.scores = empty(batch * heads, row, dtype=np.uint16 if attention.round_scaled else np.float32)
-        self.weights = self.scores if attention.round_scaled else empty(batch * heads, row, dtype=np.uint16)
-        self.attended = empty(batch, 1, heads, size, dtype=bfloat16 if attention.round_output else wide)
-        self.output = empty(batch, hidden, dtype=product)
-        mlp = config.intermediate_size or 0
-        self.gate, self.up = (empty(batch, mlp, dtype=product) for _ in range(2))
-        self.gated = empty(batch, mlp, dtype=bfloat16 if recipe.mlp.round_gated else wide)
-        self.down = empty(batch, hidden, dtype=product)
-        self.logits = empty(batch, len(decoder.head), dtype=product)
-        self.graph: Any = None
-
-    def start(self, tokens: Any) -> None:
-        """The first decoded tokens [batch], at the cache's length; then one plain step, which compiles and loads, and the
-        capture."""
-        cupy, length = self.cupy, self.cache.length
-        self.ids[...] = tokens
-        self.tokens[:, 0] = tokens
-        self.steps[...] = 1
-        self.positions[...] = length
-        self.slots[...] = cupy.arange(self.cache.batch) * self.cache.capacity + length
-        self.before[...] = length
-        cupy.cuda.get_current_stream().synchronize()
-
-    def step(self) -> None:
-        """One token more for every sequence; the second call captures, further ones replay."""
-        with launch.on_device(self.decoder.device), self.stream:
-            if self.cache.length + 1 > self.cache.capacity:
-                raise ValueError(f"the cache has room for {self.cache.capacity} positions and is full: make a larger one")
-            if self.graph is None:
-                self._launch()
-                self.stream.begin_capture()
-                self._launch()
-                self.graph = self.stream.end_capture()
-            else:
-                self.graph.launch(self.stream)
-        self.cache.length += 1
-
-    def _launch(self) -> None:
-        decoder, recipe, eps = self.decoder, self.recipe, self.decoder.config.rms_norm_eps
-        _gpu_decoder.gather(decoder.embedding, self.ids, self.embedded)
-        for table, out in zip(self.tables, (self.cos, self.sin), strict=True):
-            # rows of 16-bit elements: a float32 counts twice
-            _gpu_decoder.gather(table.view(np.uint16), self.positions, out.view(np.uint16))
-        x, residual = self.embedded, None
-        spare = 0
-        for index, weights in enumerate(decoder.layers):
-            keys, values = self.cache.keys[index], self.cache.values[index]
-            outs: tuple[Any, ...] = (self.q, keys, values)
-            if residual is not None:
-                outs = (*outs, self.residuals[spare])
-            projections = (weights.q_proj, weights.k_proj, weights.v_proj)
-            rms_norm_qkv(
-                x, weights.input_norm, projections, weights.q_norm, weights.k_norm, eps=eps, cos=self.cos, sin=self.sin,
-                residual=residual, recipe=recipe, k_slices=self._packed_slices(projections), cache_slots=self.slots,
-                static_weights=True, out=outs,
-            )  # fmt: skip
-            residual = x if residual is None else self.residuals[spare]
-            spare = 1 - spare if residual is not x else spare
-            self._attend(index)
-            self._project(self.attended.reshape(len(self.q), -1), weights.o_proj, self.output)
-            self._add_norm(self.output, residual, weights.mlp_norm, self.residuals[spare])
-            residual = self.residuals[spare]
-            spare = 1 - spare
-            self._project(self.normalised, weights.gate_proj, self.gate, 2)
-            self._project(self.normalised, weights.up_proj, self.up, 2)
-            _gpu_decoder.swiglu(self.gate, self.up, recipe.mlp, self.gated)
-            self._project(self.gated, weights.down_proj, self.down)
-            x = self.down
-        self._add_norm(x, residual, decoder.final_norm, self.residuals[spare])
-        self._project(self.normalised, decoder.head, self.logits)
-        _gpu_decoder.argmax(self.logits, self.ids, (self.tokens, self.steps, self.positions, self.slots, self.before))
-
-    def _attend(self, index: int) -> None:
-        q = self.q.reshape(len(self.q), 1, *self.q.shape[1:])
-        k, v = self.cache.layer(index)
-        _gpu_decoder.run_attention(
-            q, k, v, self.scores, self.weights, self.attended, 0, q.shape[-1] ** -0.5, True, self.recipe.attention,
-            self.decoder.device, (0, 0), self.before.data.ptr, self.orders.data.ptr,
-        )  # fmt: skip
-
-    def _add_norm(self, x: Any, residual: Any, weight: Any, total: Any) -> None:
-        stated = cast(Recipe, types.SimpleNamespace(norm=self.behind, residual_sum=self.recipe.residual_sum))
-        _gpu_norm.add_rms_norm(x, residual, weight, self.decoder.config.rms_norm_eps, stated, self.normalised, total)
-
-    def _project(self, x: Any, weight: Any, out: Any, parts: int = 1) -> None:
-        """x weight^T into out; ``parts``: of so many equal ones that a recipe with packed projections has in one."""
-        rows = len(weight) * (parts if self.recipe.packed_projections else 1)
-        _gpu_linear.linear(x, weight, out, slices(len(x), rows, weight.shape[1], self.dense))
-
-    def _packed_slices(self, projections: tuple[Any, ...]) -> int | None:
-        if not self.recipe.packed_projections:
-            return None
-        rows = sum(len(weight) for weight in projections)
-        return slices(len(self.q), rows, projections[0].shape[1], self.recipe.gemm)

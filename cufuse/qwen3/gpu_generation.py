@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cufuse import qkv
-from cufuse.bf16 import bfloat16
 from cufuse.qwen3.weights import Weights
 from cufuse.recipe import Recipe
 
@@ -60,6 +58,7 @@ class GpuModel:
     ) -> tuple[Any, Any]:
         """Tokens [batch, n] and logits [batch, n, V], CuPy arrays, decoded from checked ids [batch, T]; see ``Qwen3.generate``."""
         from cufuse._gpu_decoder import codes
+        from cufuse.qwen3.gpu_greedy import replayable
 
         cupy = self.decoder.cupy
         cache = self.decoder.new_cache(recipe, len(ids), ids.shape[1] + n - 1)
@@ -76,7 +75,7 @@ class GpuModel:
                 on_tokens(step, chosen.get())
 
         take(0, logits, self._greedy(logits))
-        if n > 1 and intermediates is None and _bfloat16_heads(recipe):
+        if n > 1 and intermediates is None and replayable(self.decoder, recipe, len(ids)):
             self._replayed(recipe, cache, every, tokens, on_tokens)
             return tokens, every
         for step in range(1, n):
@@ -90,7 +89,7 @@ class GpuModel:
     ) -> None:
         """All steps but the first by a CUDA graph; logits are copied behind each."""
         from cufuse._gpu_decoder import codes
-        from cufuse.qwen3.gpu import GreedyGraph
+        from cufuse.qwen3.gpu_greedy import GreedyGraph
 
         graph = GreedyGraph(self.decoder, recipe, cache, tokens.shape[1])
         graph.start(tokens[:, 0])
@@ -114,8 +113,3 @@ class GpuModel:
 
 def _keeper(found: dict[str, Any] | None) -> Any:
     return None if found is None else found.__setitem__
-
-
-def _bfloat16_heads(recipe: Recipe) -> bool:
-    """Whether q, k and v leave the attention's front as bfloat16, so that they may go straight into the cache."""
-    return all(qkv.output_dtype(recipe, name, True, True) == bfloat16 for name in "qkv")

@@ -10,9 +10,10 @@ import numpy as np
 
 from cufuse import named_recipes
 from cufuse._model_config import ModelConfig
+from cufuse.quantised.weight import QuantisedWeight
 from cufuse.qwen3.decoder import Cache, Decoder, Progress, greedy, intermediate_names
 from cufuse.qwen3.gpu_generation import GpuCache, GpuModel, is_cupy
-from cufuse.qwen3.weights import Weights, read_weights
+from cufuse.qwen3.weights import Weights, read_weights, with_quantised_projections
 from cufuse.recipe import Recipe
 
 
@@ -40,6 +41,19 @@ class Qwen3:
     def config(self) -> ModelConfig:
         """The model's numbers."""
         return self.weights.config
+
+    def quantised(self, format: str) -> "Qwen3":
+        """The same model with the projections of its layers in a block format ("Q4_0", "Q8_0", "Q4_K", "Q6_K"), quantised here, on
+        the CPU (``cufuse.quantised.quantise``); embedding, head and norms stay bfloat16.
+
+        What becomes of such weights is the recipe's ``gemm.quantised``: the recipe "block-scaled" takes them as they are (on a GPU
+        decoding then reads as few bytes), "torch" decodes them to bfloat16 at each product.
+
+        Raises ValueError for an unknown format and rows that are no multiple of its block; TypeError for a model that is quantised.
+        """
+        if any(isinstance(layer.q_proj, QuantisedWeight) for layer in self.weights.layers):
+            raise TypeError("the model's projections are quantised already; quantise the one that it was made of")
+        return Qwen3(with_quantised_projections(self.weights, format))
 
     def forward(
         self,

@@ -3,12 +3,15 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from cufuse._model_config import MAX_CONFIG_BYTES, UNSUPPORTED, ModelConfig, embedding_names
 from cufuse._safetensors_file import Array, CheckpointError, failure, parse_json_object, printable, read_small_file
 from cufuse.checkpoint import Checkpoint
+from cufuse.quantised.weight import quantise
 
 FIELDS = {
     "input_norm": "input_layernorm",
@@ -25,14 +28,17 @@ FIELDS = {
 }
 """Field of ``Layer`` -> the middle of the tensor's name, ``model.layers.<index>.<...>.weight``."""
 
+PROJECTIONS = tuple(field for field in FIELDS if field.endswith("_proj"))
+"""Those that are [N, K], which may be quantised."""
+
 _BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store it; it is computed
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's weights, bfloat16; with K hidden, D head size, F MLP size: ``input_norm`` and ``mlp_norm`` [K], ``q_proj``
-    [Hq D, K], ``k_proj`` and ``v_proj`` [Hkv D, K], ``q_norm`` and ``k_norm`` [D], ``o_proj`` [K, Hq D], ``gate_proj`` and
-    ``up_proj`` [F, K], ``down_proj`` [K, F]."""
+    """One layer's weights, bfloat16 (projections may be a QuantisedWeight); with K hidden, D head size, F MLP size: ``input_norm``
+    and ``mlp_norm`` [K], ``q_proj`` [Hq D, K], ``k_proj`` and ``v_proj`` [Hkv D, K], ``q_norm`` and ``k_norm`` [D], ``o_proj``
+    [K, Hq D], ``gate_proj`` and ``up_proj`` [F, K], ``down_proj`` [K, F]."""
 
     input_norm: Array
     q_proj: Array
@@ -87,6 +93,16 @@ def assemble(config: ModelConfig, tensor: Callable[[str], Array], about: dict[st
     embedding = tensor("embed_tokens.weight")
     head = embedding if config.tie_word_embeddings else tensor("lm_head.weight")
     return Weights(config=config, embedding=embedding, layers=layers, final_norm=tensor("norm.weight"), head=head, **about)
+
+
+def with_quantised_projections(weights: Weights, form: str) -> Weights:
+    """The same model with every layer's projections in a block format; embedding, head and norms stay as they are."""
+
+    def quantised(layer: Layer) -> Layer:
+        found: dict[str, Any] = {name: quantise(np.asarray(getattr(layer, name)), form) for name in PROJECTIONS}
+        return replace(layer, **found)
+
+    return replace(weights, layers=tuple(quantised(layer) for layer in weights.layers))
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
