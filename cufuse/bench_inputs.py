@@ -6,6 +6,7 @@ quicker than it is.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +15,7 @@ import cufuse
 from cufuse.bf16 import bfloat16
 from cufuse.checkpoint import ModelConfig
 from cufuse.qkv import output_dtype
+from cufuse.quantised import QuantisedWeight
 from cufuse.recipe import Recipe
 
 TOTAL_BYTES: Final = 1 << 30
@@ -39,19 +41,21 @@ class Layer:
         self.q_norm = _norm_weight(generator, self.head_dim, 6.0)
         self.k_norm = _norm_weight(generator, self.head_dim, 96.5)
         first = generator.standard_normal((self.rows, self.hidden), np.float32) * np.float32(self.hidden**-0.5)
-        self.weights = _displaced(_rounded(first), max(3, math.ceil(TOTAL_BYTES / (2 * first.size))))
+        self.weights = _displaced(_rounded(first), distinct_weights(2 * first.size))
         tokens = generator.standard_normal((most_tokens, self.hidden), np.float32)
         tokens[:, 5::251] *= 16
         self.tokens = _rounded(tokens)
 
 
 class Block:
-    """One cell: tokens, rotation tables, outputs, and the call of ``cufuse.rms_norm_qkv``."""
+    """One cell under one recipe: tokens, rotation tables, outputs, and the call of ``cufuse.rms_norm_qkv``."""
 
-    def __init__(self, layer: Layer, tokens: int, recipe: Recipe) -> None:
+    def __init__(self, layer: Layer, tokens: int, recipe: Recipe, weights: Sequence[Any] | None = None) -> None:
+        """weights: packed projections in the place of the layer's, such as quantised ones."""
         import cupy
 
         self.layer, self.recipe = layer, recipe
+        self.weights = layer.weights if weights is None else weights
         self.x = layer.tokens[:tokens]
         dtype = np.float32 if recipe.rope.tables == "float32" else bfloat16
         self.cos, self.sin = map(upload, self.tables(dtype))
@@ -60,7 +64,7 @@ class Block:
             cupy.empty((tokens, count, layer.head_dim), output_dtype(recipe, name, True, True))
             for name, count in zip("qkv", counts, strict=True)
         )
-        self.calls = calls_of_a_graph(tokens, layer.rows, layer.hidden, len(layer.weights))
+        self.calls = calls_of_a_graph(tokens, layer.rows, layer.hidden, len(self.weights), self.weights[0].nbytes)
 
     def tables(self, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin [tokens, D] of positions in the middle of a text."""
@@ -73,7 +77,7 @@ class Block:
         cufuse.rms_norm_qkv(
             self.x,
             layer.norm,
-            layer.weights[index],
+            self.weights[index],
             layer.q_norm,
             layer.k_norm,
             eps=EPS,
@@ -89,20 +93,28 @@ class Block:
         """The same on NumPy arrays, its K cut as the cuBLAS installed here cuts it."""
         from cufuse import cublaslt
 
-        layer = self.layer
-        arrays = (self.x, layer.norm, layer.weights[index], layer.q_norm, layer.k_norm, self.cos, self.sin)
-        x, norm, weight, q_norm, k_norm, cos, sin = (download(array) for array in arrays)
-        slices = self.recipe.gemm.k_slices
+        layer, weight = self.layer, self.weights[index]
+        arrays = (self.x, layer.norm, layer.q_norm, layer.k_norm, self.cos, self.sin)
+        x, norm, q_norm, k_norm, cos, sin = (download(array) for array in arrays)
+        slices: int | str | None = self.recipe.gemm.k_slices
+        if isinstance(weight, QuantisedWeight):
+            weight, slices = weight.on_cpu(), None
+        else:
+            weight = download(weight)
         if slices == "cublas":
             slices = cublaslt.k_slices(len(x), layer.rows, layer.hidden)
         options: dict[str, Any] = {"cos": cos, "sin": sin, "heads": layer.heads, "recipe": self.recipe, "k_slices": slices}
         return cufuse.rms_norm_qkv(x, norm, weight, q_norm, k_norm, eps=EPS, **options)
 
 
-def calls_of_a_graph(tokens: int, rows: int, hidden: int, weights: int) -> int:
+def distinct_weights(size: int) -> int:
+    """How many weights of ``size`` bytes there are."""
+    return max(3, math.ceil(TOTAL_BYTES / size))
+
+
+def calls_of_a_graph(tokens: int, rows: int, hidden: int, weights: int, weight_bytes: int) -> int:
     """How many calls a graph has: all weights once, but where many tokens make a call long, no more than some milliseconds of them
     and four times the cache."""
-    weight_bytes = 2 * rows * hidden
     estimate = 2 + max(weight_bytes / 4e6, 2 * tokens * rows * hidden / 7e8)  # microseconds at 4 TB/s, 700 TFLOP/s
     wanted = max(3, math.ceil(_GRAPH_MICROSECONDS / estimate), math.ceil(_CACHE_BYTES / weight_bytes))
     return min(weights, wanted)

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from cufuse.bench_inputs import EPS, Block, upload
-from cufuse.bench_results import COMPILE, EAGER, F_RMS_NORM, GEMM, LIGER, SEPARATE
+from cufuse.bench_results import COMPILE, EAGER, F_RMS_NORM, GEMM, LIGER
 from cufuse.bench_timing import Clock, Run
 from cufuse.bf16 import bfloat16
 
 _RECOMPILES: Final = 1 << 16
 
-REFERENCES: Final = (EAGER, SEPARATE)
+REFERENCES: Final = (EAGER,)
 """Hugging Face's own modules."""
 
 OTHERS: Final = (COMPILE, LIGER, F_RMS_NORM)
@@ -42,6 +42,7 @@ class Peers:
                 if name in _NEEDS:
                     self._need((name,), _NEEDS[name])
         self.names = tuple(name for name in (GEMM, *wanted, *REFERENCES) if name not in self.absent)
+        self._streams: dict[str, Any] = {}
         if COMPILE in self.names:
             # eight shapes, and it would quietly run eager from then on
             limits: Any = importlib.import_module("torch._dynamo.config")
@@ -58,6 +59,16 @@ class Peers:
 
     def _leave_out(self, columns: tuple[str, ...], reason: str) -> None:
         self.absent |= {name: reason for name in columns if name not in self.absent}
+
+    def stream(self, name: str) -> Any:
+        """A stream for the column, on which it is made ready and captured, the same in all cells.
+
+        PyTorch keeps one workspace for cuBLAS for each stream, graphs hold its address, and a graph's end may free what its stream
+        has (PyTorch issue 193402): columns with one stream would depend on each other's lives.
+        """
+        if name not in self._streams:
+            self._streams[name] = self.torch.cuda.Stream()
+        return self._streams[name]
 
     def block(self, block: Block) -> "TorchBlock":
         """The forms for one cell. Only where PyTorch is there."""
@@ -77,11 +88,12 @@ class TorchBlock:
     """One cell in PyTorch: tensors over the same memory as CuPy's arrays."""
 
     def __init__(self, peers: Peers, block: Block) -> None:
-        self.torch, self.qwen3, self.layer = peers.torch, peers.qwen3, block.layer
-        layer, take = block.layer, self.torch.from_dlpack
+        self.torch, self.qwen3, self.layer, self._peers = peers.torch, peers.qwen3, block.layer, peers
+        take = self.torch.from_dlpack
         self.calls = block.calls
+        self._graphs: list[Any] = []
         self.x = take(block.x)
-        self.weights = [take(weight) for weight in layer.weights[: block.calls]]
+        self.weights = [take(weight) for weight in block.weights[: block.calls]]
         self.tables = [take(upload(table))[None] for table in block.tables(bfloat16)]
 
     def run(self, name: str, clock: Clock) -> Run:
@@ -89,16 +101,17 @@ class TorchBlock:
         torch = self.torch
         with torch.no_grad():
             call = self._product() if name == GEMM else self._front(name)
-            side = torch.cuda.Stream()
+            own = self._peers.stream(name)
             torch.cuda.synchronize()
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(own):
                 for index in (0, self.calls - 1):
                     call(index)
             torch.cuda.synchronize()
             graph, last = torch.cuda.CUDAGraph(), None
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=own):
                 for index in range(self.calls):
                     last = call(index)
+        self._graphs.append(graph)
         stream = torch.cuda.ExternalStream(clock.stream.ptr)
 
         def launch() -> None:
@@ -106,6 +119,12 @@ class TorchBlock:
                 graph.replay()
 
         return Run(launch, outputs=() if name == GEMM else self._delivered(last))
+
+    def release(self) -> None:
+        """Free all graphs, of which none may run any more, whoever still holds a Run of theirs."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     def reference(self) -> tuple[Any, ...]:
         """q, k and v of Hugging Face's modules with the packed weight, for the last call of a graph; no graph."""
@@ -130,15 +149,9 @@ class TorchBlock:
         linear, rotate = self.torch.nn.functional.linear, self.qwen3.apply_rotary_pos_emb
         parts, head_dim = self.layer.parts, self.layer.head_dim
 
-        def joined(y: Any, weight: Any) -> Any:
-            return linear(y, weight).split(parts, dim=-1)
-
-        def apart(y: Any, weight: Any) -> Any:
-            return [linear(y, part) for part in weight.split(parts)]
-
         def front(x: Any, weight: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
             y = norms[0](x)
-            q, k, v = apart(y, weight) if name == SEPARATE else joined(y, weight)
+            q, k, v = linear(y, weight).split(parts, dim=-1)
             shape = (*x.shape[:-1], -1, head_dim)
             q = norms[1](q.view(shape)).transpose(1, 2)
             k = norms[2](k.view(shape)).transpose(1, 2)

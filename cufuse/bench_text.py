@@ -19,10 +19,13 @@ from cufuse.bench_results import (
     LIGER,
     MEASURED_AGAINST_NOTHING,
     RATIOS,
-    SEPARATE,
     STATIC,
     Cell,
+    FormatMeasurement,
+    QuantisedCell,
     Results,
+    column_of,
+    needed,
 )
 
 WIDTH = 100
@@ -30,12 +33,12 @@ WIDTH = 100
 
 _TITLES = {
     GEMM: "cuBLAS", CUFUSE: "cufuse", STATIC: "static", COMPILE: "compile", LIGER: "Liger", F_RMS_NORM: "F.rms",
-    EAGER: "eager", SEPARATE: "apart", "floor": "floor",
+    EAGER: "eager", "floor": "floor",
 }  # fmt: skip
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The three tables and everything that has to be said beside them."""
+    """The tables and everything that has to be said beside them."""
     device = results.device
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     console.print(f"{escape(str(device.get('name')))}, driver {device.get('driver')}; {results.date}", highlight=False)
@@ -44,9 +47,14 @@ def print_results(results: Results, console: Console) -> None:
         console.print("[bold]The run was not completed: this is what was measured before it ended.[/bold]", highlight=False)
     if results.cells:
         for title, table in (_times(results), _ratios(results), _bits(results)):
-            console.print(f"\n[bold]{title}[/bold]", highlight=False)
-            console.print(table)
+            _print_table(title, table, console)
         for line in bits(results):
+            console.print(line, highlight=False)
+        for recipe in results.recipes[1:]:
+            _print_table(*_price(results, recipe), console)
+    if results.quantised:
+        _print_table(*_quantised(results), console)
+        for line in goals(results):
             console.print(line, highlight=False)
     shown = _columns(results)
     for name in shown:
@@ -57,6 +65,11 @@ def print_results(results: Results, console: Console) -> None:
         console.print(f"Note: {escape(line)}.", highlight=False)
     for line in results.failures():
         console.print(f"[bold]Failed:[/bold] {escape(line)}", highlight=False)
+
+
+def _print_table(title: str, table: Table, console: Console) -> None:
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print(table)
 
 
 def bits(results: Results) -> list[str]:
@@ -80,7 +93,7 @@ def bits(results: Results) -> list[str]:
 
 
 def _columns(results: Results) -> list[str]:
-    """Those of which some cell has a time."""
+    """Those of the first recipe and of others, of which some cell has a time."""
     return [name for name in COLUMNS if any(cell.time(name) is not None for cell in results.cells)]
 
 
@@ -112,6 +125,60 @@ def _ratios(results: Results) -> tuple[str, Table]:
     return title, _table(results, columns)
 
 
+def _price(results: Results, recipe: str) -> tuple[str, Table]:
+    """One more recipe beside the first."""
+    columns: list[tuple[str, Callable[[Cell], str]]] = []
+    for name in (CUFUSE, STATIC):
+        other = column_of(name, recipe)
+        columns += [(_TITLES[name], partial(_column_time, name)), (recipe, partial(_column_time, other))]
+        columns += [("ratio", partial(_ratio, other, name))]
+    columns.append(("differing", partial(_share, column_of(CUFUSE, recipe))))
+    title = f"Recipe {recipe} beside {results.recipes[0]}: microseconds, time divided by time; outputs that differ from "
+    found = {
+        str(cell.columns[name].against) for cell in results.cells for name in (column_of(CUFUSE, recipe),) if name in cell.columns
+    }
+    return title + (" or ".join(sorted(found - {"None"})) or "nothing"), _table(results, columns)
+
+
+def _quantised(results: Results) -> tuple[str, Table]:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for title in ("M", "weights", "us", "bf16/it", "needed", "met", "bytes", "RMS error", "differing"):
+        table.add_column(title, justify="left" if title == "weights" else "right", no_wrap=True)
+    for _, cells in groupby(results.quantised, key=lambda cell: cell.model):
+        for number, cell in enumerate(cells):
+            for line, (name, one) in enumerate(cell.formats.items()):
+                where = [cell.model if number == line == 0 else "", str(cell.tokens) if line == 0 else ""]
+                table.add_row(*where, name, *_format_fields(cell, name, one))
+    title = "The block with weights in other formats (block-scaled, static weights) beside bf16; needed: the goal on an H200"
+    return title, table
+
+
+def _format_fields(cell: QuantisedCell, name: str, one: FormatMeasurement) -> list[str]:
+    goal, faster, met = needed(name, cell.model, cell.tokens), cell.faster(name), cell.met(name)
+    return [
+        _time(one.microseconds),
+        "-" if faster is None else f"{faster:.2f}",
+        "-" if goal is None else f"{goal:.2f}",
+        "-" if met is None else "yes" if met else "[bold]no[/bold]",
+        f"{one.bytes:,}" if one.bytes else "-",
+        "-" if one.error is None else f"{one.error:.1e}",
+        "-" if one.differing is None else f"{one.differing:,}",
+    ]
+
+
+def goals(results: Results) -> list[str]:
+    """In one line each format with goals: in how many cells they are met."""
+    lines = []
+    for name in dict.fromkeys(name for cell in results.quantised for name in cell.formats):
+        found = [(cell, met) for cell in results.quantised if (met := cell.met(name)) is not None]
+        short = [f"{cell.model} at {cell.tokens}" for cell, met in found if not met]
+        if found:
+            text = f"{name}: the goal is met in {len(found) - len(short)} of {len(found)} cells"
+            lines.append(f"[bold]{text}, not in {', '.join(short)}.[/bold]" if short else f"{text}.")
+    return lines
+
+
 def _bits(results: Results) -> tuple[str, Table]:
     names = [name for name in _columns(results) if name not in MEASURED_AGAINST_NOTHING]
     found = {str(cell.columns[name].against) for cell in results.cells for name in names if name in cell.columns}
@@ -126,7 +193,7 @@ def _skipped(results: Results) -> list[str]:
     for cell in results.cells:
         for name, one in cell.columns.items():
             if one.note and not one.failed:
-                where.setdefault(f"{_TITLES[name]}: {one.note}", []).append(f"{cell.model} at {cell.tokens}")
+                where.setdefault(f"{_TITLES.get(name, name)}: {one.note}", []).append(f"{cell.model} at {cell.tokens}")
     return [f"{text} ({'; '.join(cells) if len(cells) < len(results.cells) else 'every cell'})" for text, cells in where.items()]
 
 

@@ -124,7 +124,8 @@ def in_turn(clock: Callable[[Run], list[float]], runs: Mapping[str, Run], turns:
                 except LostGpuError as error:
                     raise LostGpuError(f"{name}: {error}") from error
                 except Exception as error:
-                    samples[name].error = error
+                    # its traceback would keep this frame, and with it every graph and array
+                    samples[name].error = error.with_traceback(None)
     return samples
 
 

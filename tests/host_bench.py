@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cufuse import _gpu_stream, bench, bench_inputs, cublaslt, launch
+import cufuse
+from cufuse import _gpu_stream, bench, bench_front, bench_inputs, cublaslt, launch
 from cufuse._model_config import ModelConfig
 from cufuse.bench_timing import Launch, Run
 
+COMMAND = ["bench", "--model", "small", "--tokens", "1,3", "--repeat", "2", "--json", "b.json"]
 SMALL = ModelConfig("qwen3", 128, 4, 2, 64, 1, 1e-6, 1e6)
 
 
@@ -70,9 +72,19 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setattr(_gpu_stream, "read", lambda array, reader: None)
     monkeypatch.setattr(cublaslt, "k_slices", lambda m, n, k: 1)
     monkeypatch.setattr(bench, "Clock", Clock)
-    monkeypatch.setattr(bench, "host_cost", functools.partial(bench.host_cost, calls=2, batches=1))
-    monkeypatch.setattr(bench, "_gemm_call", lambda x, weight, out: lambda: None)
+    monkeypatch.setattr(bench_front, "host_cost", functools.partial(bench_front.host_cost, calls=2, batches=1))
+    monkeypatch.setattr(bench_front, "_gemm_call", lambda x, weight, out: lambda: None)
     monkeypatch.setattr(bench, "MODELS", {"small": SMALL, "other": SMALL})
     monkeypatch.setattr(bench, "machine", lambda: {"name": "pretended", "driver": "0.0"})
     monkeypatch.setattr(bench_inputs, "TOTAL_BYTES", 1 << 18)
     return cupy  # type: ignore[no-any-return]
+
+
+def change_calls(monkeypatch: pytest.MonkeyPatch, change: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> None:
+    """Put ``change`` between the bench and the calls that it times, which are those with out=."""
+    real = cufuse.rms_norm_qkv
+
+    def changed(*arrays: Any, **options: Any) -> Any:
+        return change(lambda: real(*arrays, **options), options) if "out" in options else real(*arrays, **options)
+
+    monkeypatch.setattr(cufuse, "rms_norm_qkv", changed)

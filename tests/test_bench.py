@@ -7,23 +7,23 @@ import re
 import shutil
 import struct
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import cufuse
-from cufuse import _gpu_stream, bench, bench_inputs, bench_timing, launch
+from cufuse import _gpu_stream, bench, bench_front, bench_inputs, bench_peers, bench_timing, launch
 from cufuse.__main__ import main
-from cufuse.bench_results import COLUMNS, COMPILE, CUFUSE, GEMM, LIGER, SCHEMA, STATIC, Cell, Measurement, Results
-from cufuse.bench_text import WIDTH, print_results
+from cufuse.bench_results import COMPILE, CUFUSE, EAGER, GEMM, SCHEMA, STATIC
 from cufuse.bench_timing import LostGpuError, Run, in_turn
 from cufuse.commands import bench as bench_command
 from tests import host_bench
 from tests.conftest import why_no_gpu
+from tests.host_bench import COMMAND
 from tests.host_gpu import HostGpu
 
 
@@ -35,9 +35,6 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return host_bench.installed(monkeypatch)
 
 
-COMMAND = ["bench", "--model", "small", "--tokens", "1,3", "--repeat", "2", "--json", "b.json"]
-
-
 def test_a_run(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND[:2], "small,other", *COMMAND[3:]]) == 0
     out = capsys.readouterr().out
@@ -46,7 +43,7 @@ def test_a_run(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert {*found, *found["cells"][0], *found["cells"][0]["columns"][CUFUSE]} <= set(described)
     assert (found["schema"], found["complete"], found["repeat"]) == (SCHEMA, True, 2)
     assert found["command"] == "cufuse bench --model small,other --tokens 1,3 --recipe torch --repeat 2 --peer-seconds 120"
-    assert list(found["absent"]) == ["torch_compile", "liger", "f_rms_norm", "eager", "eager_separate"]
+    assert list(found["absent"]) == ["torch_compile", "liger", "f_rms_norm", "eager"]
     assert [(cell["model"], cell["tokens"]) for cell in found["cells"]] == [(m, t) for m in ("small", "other") for t in (1, 3)]
     for cell in found["cells"]:
         assert list(cell["columns"]) == [CUFUSE, STATIC, GEMM]
@@ -59,7 +56,7 @@ def test_a_run(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert cell["allocated_bytes"] == 0
         assert cell["host_microseconds"] > 0
     assert "cufuse: 0 of 4,096 outputs differ from emulation." in out
-    assert "compile, Liger, F.rms, eager, apart absent: torch cannot be imported" in out.replace("\n", " ")
+    assert "compile, Liger, F.rms, eager absent: torch cannot be imported" in out.replace("\n", " ")
 
 
 def test_json_on_standard_output_and_another_recipe(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,17 +68,6 @@ def test_json_on_standard_output_and_another_recipe(host: Any, capsys: pytest.Ca
     assert found["cells"][0]["columns"][CUFUSE]["differing"] == 0
 
 
-def change_calls(monkeypatch: pytest.MonkeyPatch, change: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> None:
-    """Put ``change`` between the bench and the calls that it times, which are those with out=."""
-    real = cufuse.rms_norm_qkv
-
-    def changed(*arrays: Any, **options: Any) -> Any:
-        return change(lambda: real(*arrays, **options), options) if "out" in options else real(*arrays, **options)
-
-    monkeypatch.setattr(cufuse, "rms_norm_qkv", changed)
-    monkeypatch.setattr(bench.inspect, "signature", lambda _: type("S", (), {"parameters": {"static_weights": None}}))
-
-
 def test_differing_bits_are_counted(host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One bit of v wrong in one column, nothing written at all in the other."""
 
@@ -90,7 +76,7 @@ def test_differing_bits_are_counted(host: Any, monkeypatch: pytest.MonkeyPatch, 
             call()
             options["out"][2].view(np.uint16)[0, 1, 5] ^= 1
 
-    change_calls(monkeypatch, spoil)
+    host_bench.change_calls(monkeypatch, spoil)
     assert main(COMMAND) == 0
     cells = json.loads(Path("b.json").read_text())["cells"]
     assert [cell["columns"][CUFUSE]["differing"] for cell in cells] == [1, 1]
@@ -106,7 +92,7 @@ def test_a_failure_stays_where_it_is(host: Any, monkeypatch: pytest.MonkeyPatch,
             raise ValueError("no such tile")
         call()
 
-    change_calls(monkeypatch, fail)
+    host_bench.change_calls(monkeypatch, fail)
     assert main(COMMAND) == 2
     done = capsys.readouterr()
     assert done.err == "cufuse bench: small, 3 tokens, cufuse_static: ValueError: no such tile\n"
@@ -123,7 +109,7 @@ def test_a_peer_that_fails_is_no_failure_of_the_run(host: Any, monkeypatch: pyte
     def gemm(*_: Any) -> Any:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
-    monkeypatch.setattr(bench, "_gemm_call", gemm)
+    monkeypatch.setattr(bench_front, "_gemm_call", gemm)
     assert main(COMMAND) == 0
     columns = [cell["columns"] for cell in json.loads(Path("b.json").read_text())["cells"]]
     assert [one[GEMM]["note"] for one in columns] == ["RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED"] * 2
@@ -174,6 +160,82 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(
     assert "The run was not completed" in done.out
 
 
+class PretendedPeers:
+    """Eager PyTorch that gives what cufuse gave; ``log`` has what was called, ``fault`` is raised by the reference."""
+
+    absent: dict[str, str] = {}  # noqa: RUF012
+    names = (EAGER,)
+    torch = object()
+    fault: Exception | None = None
+
+    def __init__(self, wanted: tuple[str, ...]) -> None:
+        self.log: list[str] = []
+
+    def block(self, block: Any) -> Any:
+        self.made = block
+        return self
+
+    def run(self, name: str, clock: Any) -> Run:
+        self.log.append(name)
+        self.made.call(self.made.calls - 1)
+        self.outputs = tuple(array.copy() for array in self.made.out)
+        return Run(
+            lambda: [np.copyto(one, kept) for one, kept in zip(self.copies(), self.outputs, strict=True)], outputs=self.copies()
+        )
+
+    def copies(self) -> tuple[Any, ...]:
+        self.held = getattr(self, "held", None) or tuple(array.copy() for array in self.outputs)
+        return self.held
+
+    def reference(self) -> tuple[Any, ...]:
+        if self.fault is not None:
+            raise self.fault
+        return self.outputs
+
+    def release(self) -> None:
+        self.log.append("release")
+        self.held = None
+
+    def forget(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("fault", "log"), [
+    (None, [EAGER, "release", EAGER, "release"]),
+    (RuntimeError("no room"), [EAGER, "release", EAGER, "release"]),
+    (LostGpuError("gone"), [EAGER]),
+])  # fmt: skip
+def test_graphs_of_peers_end_with_their_cell(
+    host: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception | None, log: list[str]
+) -> None:
+    """Also where the cell fails; a lost GPU is not asked for anything more."""
+    made: list[PretendedPeers] = []
+
+    def peers(wanted: tuple[str, ...]) -> PretendedPeers:
+        made.append(PretendedPeers(wanted))
+        made[0].fault = fault
+        return made[0]
+
+    monkeypatch.setattr(bench_front, "Peers", peers)
+    settings = bench.Settings(("small",), (1, 3), (cufuse.recipes["torch"],), repeat=1, peers=False)
+    results = bench.run(settings)
+    assert made[0].log == log
+    assert results.complete == (not isinstance(fault, LostGpuError))
+    if fault is None:
+        assert [cell.columns[name].differing for cell in results.cells for name in (CUFUSE, STATIC, EAGER)] == [0] * 6
+        assert {cell.columns[CUFUSE].against for cell in results.cells} == {"eager"}
+    else:
+        assert str(fault) in results.notes[0]
+
+
+def test_every_column_of_pytorch_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = bench_peers.Peers.__new__(bench_peers.Peers)
+    peers.torch, peers._streams = types.SimpleNamespace(cuda=types.SimpleNamespace(Stream=object)), {}
+    first = peers.stream(EAGER)
+    assert peers.stream(GEMM) is not first
+    assert peers.stream(EAGER) is first
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--model 0.6b,7b", "--model names '7b'; known are 0.6b, 1.7b, 4b, 8b, 14b, 32b, or all"),
     ("--model ,", "--model names none"),
@@ -186,6 +248,12 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(
     ("--peer-seconds -1", "--peer-seconds is -1.0; needed is a number >= 0"),
     ("--peer-seconds nan", "--peer-seconds is nan"),
     ("--recipe pytorch", "recipe is 'pytorch'; known are torch"),
+    ("--recipe torch,pytorch", "recipe is 'pytorch'; known are torch"),
+    ("--recipe ,", "--recipe names none"),
+    ("--quantised Q5_0", "format is 'Q5_0'; known are Q4_0, Q8_0, Q4_K, Q6_K"),
+    ("--quantised ,", "--quantised names none"),
+    ("--quantised-tokens 1", "--quantised-tokens is for the table of --quantised; give --quantised too"),
+    ("--quantised-tokens 1,x", "--quantised-tokens is '1,x'; needed are numbers from 1 to 65536"),
     ("--json nowhere/b.json", "nowhere/b.json: No such file or directory"),
     ("--repeat many", "argument --repeat: invalid int value: 'many'"),
 ])  # fmt: skip
@@ -208,7 +276,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["bench", "--help"])
     out = capsys.readouterr().out
-    options = ("--model", "--tokens", "--recipe", "--repeat", "--no-peers", "--peer-seconds", "--json")
+    options = ("--model", "--tokens", "--recipe", "--quantised", "--only-quantised", "--repeat", "--no-peers", "--json")
     assert all(option in out for option in options)
 
 
@@ -224,61 +292,22 @@ def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_says_all_settings() -> None:
     parser = bench_command.argparse.ArgumentParser()
     bench_command.add(parser.add_subparsers())
-    lines = ("", "--model all --tokens 3,3,5", "--no-peers --recipe batch-invariant", "--peer-seconds 7.5 --repeat 2 --model 8B")
+    lines = (
+        "", "--model all --tokens 3,3,5", "--no-peers --recipe batch-invariant", "--peer-seconds 7.5 --repeat 2 --model 8B",
+        "--recipe torch,batch-invariant --quantised q8_0,Q8_0,Q4_0", "--quantised all", "--only-quantised",
+        "--quantised Q6_K --quantised-tokens 1,2,64 --model 0.6b",
+    )  # fmt: skip
     for line in lines:
         settings = bench_command._settings(parser.parse_args(["bench", *line.split()]))
         again = bench_command._settings(parser.parse_args(settings.command.split()[1:]))
         assert again.command == settings.command
         if settings.peers:
             assert again == settings
+    settings = bench_command._settings(parser.parse_args(["bench", "--only-quantised"]))
+    assert (settings.formats, settings.front) == (("Q4_0", "Q8_0"), False)
+    assert bench_command._settings(parser.parse_args(["bench", "--quantised", "all"])).formats == tuple(cufuse.quantised.FORMATS)
     assert bench_command._settings(parser.parse_args(["bench"])).models == ("0.6b", "4b", "8b", "32b")
     assert bench_command._settings(parser.parse_args(["bench", "--model", "all"])).models == tuple(bench.MODELS)
-
-
-def canned() -> Results:
-    """A whole default run with made-up numbers."""
-    device = {"name": "NVIDIA H200", "driver": "1.2.3"}
-    results = Results(device, {"cufuse": "0"}, "2026-01-01T00:00:00+00:00", "cufuse bench", "torch", 7, complete=True)
-    results.absent[LIGER] = "liger_kernel cannot be imported [at all]"
-    for model, tokens in ((model, tokens) for model in ("0.6b", "4b", "8b", "32b") for tokens in (1, 16, 64, 256, 2048, 8192)):
-        cell = Cell(model, 5120, 10240, tokens, 11, 24.61, 18.6, 0, seconds=2.5)
-        for number, name in enumerate(COLUMNS):
-            if name != LIGER:
-                outputs = tokens * 10240
-                differ = None if name == GEMM else outputs * 5 // 9 if name == COMPILE else 0
-                cell.columns[name] = Measurement(10.0 * tokens**0.5 * (number + 1), 1.0, 2.0, 14, differ, outputs, "eager")
-        results.cells.append(cell)
-    results.cells[-1].columns[COMPILE] = Measurement(note="left out, the 120 s of --peer-seconds were spent")
-    results.cells[3].columns[CUFUSE].differing = 12
-    return results
-
-
-def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    print_results(canned(), Console(width=WIDTH))
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert max(map(len, lines)) <= WIDTH
-    assert "…" not in out
-    rows = [" ".join(line.split()) for line in lines]
-    assert "model M floor cuBLAS cufuse static compile F.rms eager apart" in rows
-    assert "32b 1 24.6 10.0 20.0 30.0 40.0 60.0 70.0 80.0" in rows
-    assert "8192 24.6 905 1810 2715 - 5431 6336 7241" in rows
-    assert "0.6b 1 2.00 0.50 0.81 3.00 0.75 1.22 18.6 0" in rows
-    assert "256 12 0 55.6 % 0 0 0" in rows
-    text = " ".join(out.split())
-    assert "cufuse: 12 of 433,233,920 outputs differ from eager: 0.6b at 256." in text
-    assert "static: 0 of 433,233,920 outputs differ from eager." in text
-    assert "Liger absent: liger_kernel cannot be imported [at all]." in text
-    assert "Note: compile: left out, the 120 s of --peer-seconds were spent (32b at 8192)." in text
-
-
-def test_json_of_canned_measurements() -> None:
-    found = json.loads(json.dumps(canned().to_json()))
-    assert found["columns"] == COLUMNS
-    assert found["cells"][0]["ratios"] == {
-        CUFUSE: {GEMM: 2.0, COMPILE: 0.5, "floor": 20 / 24.61}, STATIC: {GEMM: 3.0, COMPILE: 0.75, "floor": 30 / 24.61},
-    }  # fmt: skip
-    assert found["cells"][-1]["ratios"][CUFUSE][COMPILE] is None
 
 
 def test_columns_take_turns() -> None:
@@ -303,7 +332,7 @@ def test_calls_of_a_graph() -> None:
     for tokens in (1, 64, 256, 2048, 8192):
         for rows, hidden in ((4096, 1024), (10240, 5120)):
             weights = max(3, -(-(1 << 30) // (2 * rows * hidden)))
-            calls = bench_inputs.calls_of_a_graph(tokens, rows, hidden, weights)
+            calls = bench_inputs.calls_of_a_graph(tokens, rows, hidden, weights, 2 * rows * hidden)
             assert 3 <= calls <= weights
             assert calls == weights or calls * 2 * rows * hidden >= 240 << 20
             assert calls == weights or tokens > 256

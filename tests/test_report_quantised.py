@@ -79,7 +79,7 @@ def test_texts_and_pictures() -> None:
     pytest.importorskip("matplotlib")
     report = dataclasses.replace(analyse(layer, x, recipes=["torch", "late-rounding"]), quantisation=tuple(table))
     figure = draw(report)
-    assert [axes.get_title() for axes in figure.axes][-1] == "What quantising costs"
+    assert [axes.get_title(loc="left") for axes in figure.axes][-1] == "What quantising costs"
     assert report.to_json()["quantisation"][0]["stages"]["k"]["outputs"] == table[0].stages["k"].outputs
 
 
