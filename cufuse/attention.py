@@ -65,7 +65,8 @@ def attention(
 def stages(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool, recipe: Recipe, keep: bool = False
 ) -> dict[str, np.ndarray]:
-    """The emulation behind ``attention``: "attended", and with ``keep`` every one of STAGES."""
+    """The emulation behind ``attention``: "attended" [..., T, Hq, D], and with ``keep`` every one of STAGES. Arguments as there,
+    NumPy arrays; nothing is checked."""
     queries, heads, size = q.shape[-3:]
     keys, kv_heads = k.shape[-3:-1]
     batch = math.prod(q.shape[:-3])

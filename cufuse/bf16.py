@@ -93,7 +93,11 @@ def round_to_bf16(x: Any, *, mode: str = "nearest_even", random_bits: Any = None
 
 def round_float32_bits(u: np.ndarray, mode: str = "nearest_even", random_bits: np.ndarray | None = None) -> np.ndarray:
     """bfloat16 codes (uint16) of float32 codes (uint32), integer arithmetic only: adding to the magnitude carries
-    into the kept half exactly where the mode rounds away from zero, and from 0x7F7F into infinity."""
+    into the kept half exactly where the mode rounds away from zero, and from 0x7F7F into infinity.
+
+    random_bits : integers below 2**16 of u's shape, for "stochastic" only. Any shape; NaN become 0x7FFF, subnormals are rounded
+    like all other values. The inside of ``round_to_bf16``: nothing is checked.
+    """
     magnitude = u & _MAGNITUDE32
     negative = u >= _SIGN32
     addend: Any
@@ -117,6 +121,7 @@ def round_to_odd(x: np.ndarray) -> np.ndarray:
 
     An odd last bit can be neither a bfloat16 nor a tie between two, so a second rounding to bfloat16 sees on which side
     of the tie the float64 lay. Too large values give the largest finite float32 (odd), tiny ones the smallest subnormal.
+    Infinities and NaN stay what they are. Any shape.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         nearest = x.astype(np.float32)
@@ -130,17 +135,23 @@ def round_to_odd(x: np.ndarray) -> np.ndarray:
 
 
 def to_bits(x: np.ndarray) -> np.ndarray:
-    """The codes (uint16) of a bfloat16 array: a view, no copy."""
+    """The codes (uint16) of a bfloat16 array of any shape, NumPy or CuPy: a view, no copy, NaN bits as they are.
+
+    The dtype is not checked: of wider elements it gives the pieces.
+    """
     return x.view(np.uint16)
 
 
 def from_bits(bits: np.ndarray) -> np.ndarray:
-    """The bfloat16 array whose codes (uint16) are given: a view, no copy."""
+    """The bfloat16 array whose codes (uint16) of any shape are given, NumPy or CuPy: a view, no copy, NaN bits as they are."""
     return bits.view(bfloat16)
 
 
 def nearest(x: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16, to nearest even: what every rounding point of a recipe does on NumPy arrays."""
+    """float32 to bfloat16, to nearest even, any shape: what every rounding point of a recipe does on NumPy arrays.
+
+    NaN become 0x7FFF, values from 2**128 - 2**119 on infinity. float32 only, unchecked: ``round_to_bf16`` checks.
+    """
     return round_float32_bits(x.view(np.uint32)).view(bfloat16)
 
 

@@ -86,7 +86,11 @@ class AttentionLayer:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> "Checkpoint":
-    """Open a folder or a single safetensors file; see :class:`Checkpoint`."""
+    """Open a folder or a single safetensors file and check its headers; weights are read later, a layer at a time.
+
+    Raises CheckpointError, in one line, for everything that is wrong with the files, TypeError for a ``path`` that is no path.
+    See :class:`Checkpoint`.
+    """
     return Checkpoint(path)
 
 

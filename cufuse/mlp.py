@@ -79,7 +79,8 @@ def swiglu(gate: Any, up: Any, *, recipe: str | Recipe = "torch", out: Any = Non
 
 
 def activated(gate: np.ndarray, numerics: Mlp) -> np.ndarray:
-    """The emulation behind ``silu``: contiguous arrays."""
+    """The emulation behind ``silu``: contiguous bfloat16 or float32 of any shape -> bfloat16, or float32 where the recipe does not
+    round; special values as ``silu``; nothing is checked."""
     wide = gate.astype(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         result = wide / (np.float32(1) + expf(-wide, numerics.exponential))
@@ -87,7 +88,8 @@ def activated(gate: np.ndarray, numerics: Mlp) -> np.ndarray:
 
 
 def gated(a: np.ndarray, up: np.ndarray, numerics: Mlp) -> np.ndarray:
-    """The product behind ``swiglu``."""
+    """The product behind ``swiglu``: ``a * up`` of one shape, bfloat16, or float32 where the recipe does not round; nothing is
+    checked."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         result = a.astype(np.float32) * up.astype(np.float32)
     return nearest(result) if numerics.round_gated else result

@@ -11,12 +11,15 @@ import numpy as np
 
 
 def add(x: Any, residual: Any) -> np.ndarray:
-    """``x + residual``, float64 (exact unless the exponents are more than 45 apart)."""
+    """``x + residual`` of one shape [...], float64 (exact unless the exponents are more than 45 apart)."""
     return np.asarray(float64(x) + float64(residual))
 
 
 def softmax(x: Any) -> np.ndarray:
-    """``exp(x - max) / sum`` over the last axis, float64."""
+    """``exp(x - max) / sum`` over the last axis of [..., K], float64.
+
+    -inf has weight 0; a row with +inf or NaN, or of nothing but -inf, is NaN. An empty row is NumPy's ValueError.
+    """
     wide = float64(x)
     with np.errstate(invalid="ignore", over="ignore"):
         exponentials = np.exp(wide - wide.max(axis=-1, keepdims=True))
@@ -24,14 +27,14 @@ def softmax(x: Any) -> np.ndarray:
 
 
 def silu(x: Any) -> np.ndarray:
-    """``x / (1 + exp(-x))``, float64."""
+    """``x / (1 + exp(-x))``, elementwise, float64. +inf gives +inf, -inf NaN (as the formula does), -0 gives -0."""
     wide = float64(x)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(wide / (1 + np.exp(-wide)))
 
 
 def swiglu(gate: Any, up: Any) -> np.ndarray:
-    """``silu(gate) * up``, float64."""
+    """``silu(gate) * up`` of one shape [...], elementwise, float64."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(silu(gate) * float64(up))
 
@@ -39,7 +42,8 @@ def swiglu(gate: Any, up: Any) -> np.ndarray:
 def attention(q: Any, k: Any, v: Any, *, scale: float | None = None, causal: bool = True) -> np.ndarray:
     """``softmax(q k^T scale) v`` per head for q [..., T, Hq, D], k, v [..., S, Hkv, D]: [..., T, Hq, D], float64.
 
-    Keys that a query must not see have no weight at all.
+    scale : by default 1 / sqrt(D). causal : query t of T sees keys up to S - T + t; keys that it must not see have no weight.
+    Hq is a multiple of Hkv: query heads in order share the key heads.
     """
     queries, keys, values = (float64(x).swapaxes(-3, -2) for x in (q, k, v))
     group = queries.shape[-3] // keys.shape[-3]

@@ -150,20 +150,65 @@ def bars(axes: Any, values: Mapping[str, float], *, form: str = "{:.3g}", accent
     axes.margins(x=0.18)
 
 
-def grey_map(axes: Any, values: np.ndarray, *, unit: str, numbers: str = "") -> None:
+def pairs(axes: Any, names: Sequence[str], values: Mapping[str, Sequence[float]], *, form: str = "", least: float = 0.0) -> None:
+    """Two upright bars over every name: the first series filled, the second hatched in the accent, for a legend by their names.
+
+    names : what stands below, one for each value.
+    values : two series by name, each as long as ``names``.
+    form : how a number is written over its bar, such as "{:.0f} %"; "" writes none.
+    least : no number is written over bars below it.
+
+    Raises ValueError for another number of series, or of values.
+    """
+    lengths = [len(numbers) for numbers in values.values()]
+    if lengths != [len(names)] * 2:
+        raise ValueError(f"values has series of {lengths} numbers for {len(names)} names; needed are two, one number a name")
+    styles = ({"color": "0.25"}, {"facecolor": "white", "edgecolor": ACCENT, "hatch": "////"})
+    for side, style, (name, numbers) in zip((-0.2, 0.2), styles, values.items(), strict=True):
+        axes.bar(np.arange(len(names)) + side, numbers, 0.38, label=name, **style)
+        for place, number in enumerate(numbers):
+            if form and number >= least:
+                at = (place + side, number)
+                axes.annotate(form.format(number), at, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8.5)
+    axes.set_xticks(range(len(names)), names)
+    axes.margins(y=0.12)
+
+
+def texts(axes: Any, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Texts as rows of fields, the first on top, place by place: a field that is not the first row's is filled with the accent.
+
+    rows : name -> words or token ids; rows may end early. Up to thirty of four characters can be read in a picture 9 inches wide.
+    """
+    names = list(rows)
+    first = list(rows[names[0]])
+    for line, name in enumerate(names):
+        for place, word in enumerate(rows[name]):
+            equal = place < len(first) and word == first[place]
+            axes.add_patch(box(place + 0.04, -line - 0.4, "0.92" if equal else ACCENT, width=0.92, height=0.8, linewidth=0))
+            colour = INK if equal else "white"
+            axes.annotate(str(word), (place + 0.5, -line), ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set(xlim=(0, max(len(row) for row in rows.values())), ylim=(0.5 - len(names), 0.5))
+    axes.set_yticks([-line for line in range(len(names))], names, fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[["left", "right", "top", "bottom"]].set_visible(False)
+
+
+def grey_map(axes: Any, values: np.ndarray, *, unit: str, numbers: str = "", logarithmic: bool = False) -> None:
     """A matrix [rows, columns] as grey fields, white for the least and black for the most, with a bar that says what a grey is.
 
     unit : what the values are, written beside the bar.
     numbers : how to write every value into its field, such as "{:.0f}"; "" writes none.
+    logarithmic : equal ratios are equal steps of grey; zeros, which have no place there, stay white.
     """
-    image = axes.imshow(values, cmap="Greys", aspect="auto", interpolation="nearest")
+    norm = "log" if logarithmic else None
+    image = axes.imshow(values, cmap="Greys", aspect="auto", interpolation="nearest", norm=norm)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label(unit, fontsize=9)
     bar.ax.tick_params(labelsize=8.5)
     if numbers:
-        middle = (float(np.min(values)) + float(np.max(values))) / 2
         for (row, column), value in np.ndenumerate(values):
-            colour = "white" if value > middle else INK
+            colour = "white" if image.norm(value) > 0.6 else INK
             axes.annotate(numbers.format(value), (column, row), ha="center", va="center", fontsize=8.5, color=colour)
 
 
@@ -214,13 +259,21 @@ class Picture:
             file.write(self.png())
 
 
-def slider(draw: Callable[[Any], Any], values: Sequence[Any], name: str) -> Any:
-    """A slider over ``values`` that shows ``draw(value)``, where ipywidgets is installed; elsewhere None, and nothing is shown.
+def slider(draw: Callable[[Any], Any], values: Sequence[Any], name: str, *, at: Any) -> Any:
+    """A slider over ``values`` that shows ``draw(value)``, where ipywidgets is installed; elsewhere ``draw(at)``, standing still.
 
-    An extra beside a picture that stands still, never the only way to see something: saved notebooks have no sliders.
+    draw : gives what a cell can show, such as a ``Picture``.
+    name : what the values are, written before the slider.
+    at : the value at which the slider begins, one of ``values``.
+
+    Raises ValueError where ``at`` is none of the values. As the last expression of a cell, either is shown.
     """
+    choices = list(values)
+    if at not in choices:
+        raise ValueError(f"at is {at!r}; needed is one of the values, from {choices[0]!r} to {choices[-1]!r}")
     if importlib.util.find_spec("ipywidgets") is None:
-        return None
+        return draw(at)
     ipywidgets = importlib.import_module("ipywidgets")
-    chosen = ipywidgets.SelectionSlider(options=list(values), description=name, continuous_update=False)
-    return ipywidgets.interactive(draw, {"auto_display": True}, **{name: chosen})
+    wide = {"style": {"description_width": "initial"}, "layout": {"width": "60%"}}
+    chosen = ipywidgets.SelectionSlider(options=choices, value=at, description=name, continuous_update=False, **wide)
+    return ipywidgets.interactive(lambda value: draw(value), {"auto_display": True}, value=chosen)

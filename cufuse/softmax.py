@@ -53,7 +53,10 @@ def softmax(x: Any, *, recipe: str | Recipe = "torch", out: Any = None) -> Any:
 
 
 def weights(x: np.ndarray, numerics: Attention, first_row: int = 0) -> np.ndarray:
-    """The emulation behind ``softmax``: float32 [rows, K] -> float32, not yet rounded; row 0 is row ``first_row`` of the call."""
+    """The emulation behind ``softmax``: float32 [rows, K] -> float32, not yet rounded; row 0 is row ``first_row`` of the call.
+
+    Special values as ``softmax``; nothing is checked.
+    """
     result = np.empty_like(x)
     add_up = SOFTMAX_ORDERS[numerics.softmax_order]
     step = max(1, _ELEMENTS_AT_A_TIME // x.shape[1])

@@ -69,7 +69,11 @@ def synthetic_layer(model: str = "qwen3-0.6b", layer: int = 0, seed: int = 0) ->
 
 
 def synthetic_embedding(model: str, token_ids: Iterable[int] | Array, seed: int = 0) -> Array:
-    """Rows ``token_ids`` of the token embeddings, bfloat16 [T, K]: those that :func:`write_synthetic` writes."""
+    """Rows ``token_ids`` [T] of the token embeddings, bfloat16 [T, K]: those that :func:`write_synthetic` writes.
+
+    Finite values only; no ids give an array [0, K]. Raises ValueError for an unknown model, a negative seed and ids outside the
+    vocabulary, TypeError for ids that are no integers.
+    """
     config = _checked_model(model)
     vocabulary, hidden = config.vocab_size or 0, config.hidden_size
     table = SyntheticTensor("model.embed_tokens.weight", (vocabulary, hidden), model, _natural("seed", seed))

@@ -177,7 +177,10 @@ class Run:
 def run(
     model: Qwen3, token_ids: Sequence[int] | np.ndarray, n: int, recipe: str | Recipe, progress: Progress | None = None
 ) -> Run:
-    """One recipe's half of a trace; ``token_ids`` [T]."""
+    """One recipe's half of a trace: ``n`` greedily decoded tokens after ``token_ids`` [T], with every intermediate of each step.
+
+    Raises ValueError for ids of another shape; other errors as ``Qwen3.generate``.
+    """
     ids = np.asarray(token_ids)
     if ids.ndim != 1:
         raise ValueError(f"token_ids have shape {ids.shape}; needed is [T], one prompt")

@@ -21,7 +21,7 @@ from typing import Any
 
 from tests import gpu_record
 
-SLOW_FIRST = ("block", "linear", "projections", "norms", "casts", "generation", "bench", "qkv")
+SLOW_FIRST = ("block", "quantised", "linear", "projections", "norms", "decoder", "casts", "generation", "bench", "qkv")
 """Modules that take long, so that no process is left alone with one at the end."""
 
 

@@ -89,6 +89,63 @@ def test_grey_maps_are_grey_and_written_readably() -> None:
     assert drawn.axes[1].get_ylabel() == "%"
 
 
+def test_the_numbers_of_a_grey_map_stand_out_from_their_fields() -> None:
+    _, axes = plot.figure()
+    values = np.linspace(0.0, 100.0, 21)[None]
+    plot.grey_map(axes, values, unit="%", numbers="{:.0f}")
+    image = axes.images[0]
+    for text, value in zip(axes.texts, values[0], strict=True):
+        field = image.cmap(image.norm(value))[0]
+        shade = 1.0 if text.get_color() == "white" else float(text.get_color())
+        assert _contrast(shade, field) > 3.5, value
+
+
+def _contrast(one: float, other: float) -> float:
+    """Of two greys, as the Web Content Accessibility Guidelines define it (large text needs 3)."""
+    light = [grey / 12.92 if grey <= 0.04045 else ((grey + 0.055) / 1.055) ** 2.4 for grey in (one, other)]
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+def test_logarithmic_grey_maps_give_equal_ratios_equal_steps() -> None:
+    _, axes = plot.figure()
+    plot.grey_map(axes, np.array([[0.0, 0.01, 0.1, 1.0]]), unit="|difference|", logarithmic=True)
+    image = axes.images[0]
+    assert [float(image.norm(value)) for value in (0.01, 0.1, 1.0)] == pytest.approx([0.0, 0.5, 1.0])
+    assert image.cmap(image.norm(np.ma.masked_less_equal([0.0], 0.0)))[0, 3] == 0  # nothing is drawn: the paper's white
+
+
+def test_pairs_stand_side_by_side_and_differ_without_colour() -> None:
+    _, axes = plot.figure()
+    plot.pairs(axes, ["a", "b"], {"one": [60.0, 0.2], "other": [70.0, 30.0]}, form="{:.0f} %", least=1.0)
+    plot.label(axes, legend="upper right")
+    bars = axes.patches
+    assert [bar.get_height() for bar in bars] == [60.0, 0.2, 70.0, 30.0]
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars]
+    assert ends[0][1] <= ends[2][0] and ends[2][1] <= ends[1][0] and ends[1][1] <= ends[3][0]
+    assert [bar.get_hatch() for bar in bars] == [None, None, "////", "////"]
+    assert [text.get_text() for text in axes.texts] == ["60 %", "70 %", "30 %"]  # 0.2 is below the least
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "other"]
+    for values in ({"one": [1.0, 2.0]}, {"one": [1.0, 2.0], "other": [1.0]}):
+        with pytest.raises(ValueError, match="needed are two, one number a name"):
+            plot.pairs(axes, ["a", "b"], values)
+
+
+def test_texts_mark_every_word_that_is_not_the_first_rows() -> None:
+    from matplotlib.colors import to_hex
+
+    _, axes = plot.figure()
+    plot.texts(axes, {"first": [5, 6, 7], "second": [5, 8, 7, 9]})
+    words = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+    assert [words[place + 0.5, 0] for place in range(3)] == [("5", plot.INK), ("6", plot.INK), ("7", plot.INK)]
+    # the fourth has no counterpart: another text too
+    assert [words[place + 0.5, -1] for place in range(4)] == [("5", plot.INK), ("8", "white"), ("7", plot.INK), ("9", "white")]
+    dark = [field.get_x() for field in axes.patches if to_hex(field.get_facecolor()) == plot.ACCENT]
+    assert [int(x) for x in dark] == [1, 3]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
+    assert axes.get_xlim() == (0, 4)
+
+
 def test_a_picture_is_a_small_png_with_a_description(tmp_path: Path) -> None:
     drawn, axes = plot.figure(width=4.0, height=2.0)
     plot.number_line(axes, 1.0, 1.05)
@@ -108,7 +165,9 @@ def test_a_picture_is_a_small_png_with_a_description(tmp_path: Path) -> None:
 
 def test_a_slider_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert plot.slider(print, [1, 2], "value") is None
+    assert plot.slider(lambda value: 10 * value, [1, 2, 3], "value", at=2) == 20  # stands still
+    with pytest.raises(ValueError, match="at is 4; needed is one of the values, from 1 to 3"):
+        plot.slider(print, [1, 2, 3], "value", at=4)
 
 
 def test_a_slider_shows_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +176,13 @@ def test_a_slider_shows_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
-    draw, options, named = plot.slider(print, range(3), "count")
-    assert draw is print and options == {"auto_display": True}
-    assert named["count"]["options"] == [0, 1, 2]
+    draw, options, named = plot.slider(lambda steps: 10 * steps, range(3), "count of steps", at=1)
+    assert options == {"auto_display": True}
+    (argument,) = named  # ipywidgets calls draw with the slider's value by this name
+    assert draw(**{argument: 2}) == 20
+    assert named[argument]["options"] == [0, 1, 2]
+    assert named[argument]["value"] == 1
+    assert named[argument]["description"] == "count of steps"
 
 
 def test_without_matplotlib_the_error_names_the_extra() -> None:

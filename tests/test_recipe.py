@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import numpy as np
@@ -197,6 +198,25 @@ def test_late_rounding_is_float32_rounded(head_norms: bool, rotation: bool) -> N
     for a, b in zip(late, wide, strict=True):
         assert b.dtype == np.float32
         demand_bits(a, cufuse.round_to_bf16(b))
+
+
+@pytest.mark.parametrize("head_norm", [True, False])
+@pytest.mark.parametrize("rotation", [True, False])
+def test_output_is_the_type_of_the_last_stage(head_norm: bool, rotation: bool) -> None:
+    """Whatever rounds before it."""
+    given, seen = block_inputs("torch", head_norms=head_norm, rotation=rotation), set()
+    for name, norm_rounds, sum_rounds in itertools.product(("torch", "late-rounding"), (True, False), (True, False)):
+        rope = {"round_products": False, "round_sum": sum_rounds}
+        recipe = cufuse.recipes[name].derive("own", head_norm={"round_weighted": norm_rounds}, rope=rope, round_output=False)
+        found = stages(recipe, given)
+        for part, names in zip("qkv", qkv.LAST_STAGES, strict=True):
+            followed = {"head_norm": head_norm and part != "v", "rotation": rotation and part != "v"}
+            last = next(found[one].dtype.name for one in names if one in found)
+            assert recipe.output(**followed) == last
+            seen.add(last)
+            if name == "late-rounding":
+                assert recipe.derive("own", round_output=True).output(**followed) == "bfloat16"
+    assert seen == {"bfloat16", "float32"}
 
 
 def test_where_the_study_s_recipes_part() -> None:

@@ -164,12 +164,13 @@ class GgufCheckpoint:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
-    """Open a GGUF file; see ``GgufCheckpoint``."""
+    """Open a GGUF file and check its tables; weights are read later, a layer at a time. Errors: see ``GgufCheckpoint``."""
     return GgufCheckpoint(path)
 
 
 def quantise_layer(layer: AttentionLayer, format: str) -> QuantisedLayer:
-    """A layer with its projections quantised ("Q4_0", ...; ``cufuse.quantised.quantise``) and its norm weights as float32."""
+    """A layer with its projections quantised ("Q4_0", ...; ``cufuse.quantised.quantise``, whose errors it has) and its norm
+    weights as float32, unrounded."""
     from cufuse.quantised.weight import quantise
 
     projections: dict[str, Any] = {field: quantise(getattr(layer, field), format) for field in _PROJECTIONS}

@@ -3,9 +3,10 @@
 The format (ggml, docs/gguf.md, versions 2 and 3, little endian): magic, version, numbers of tensors and of metadata; metadata
 as key, type, value; for each tensor name, dimensions (the fastest first), type and offset; padding to the alignment; the bytes.
 
-Why not ``gguf.GGUFReader``: it maps the file into memory, so that a file that becomes shorter ends the process; it makes several
-Python objects of every token of the vocabulary; and with a lying length NumPy's slices quietly give less than was asked for. The
-package is the witness in the tests, which write files with it and compare what both read.
+Why not ``gguf.GGUFReader`` (gguf 0.19.0, measured): it maps the file into memory, and one that becomes shorter ends the process
+with SIGBUS; a header with 151,936 tokens and 151,387 merges takes it 16 s and 490 MB, here 0.4 s and less than one; of the 29
+malformed files in tests/test_gguf.py it accepts 6 (tensors on each other, say), does not end within 8 s for one, and mostly answers
+with errors of NumPy's that name neither file nor tensor. The package is the tests' witness, which writes files and reads them too.
 """
 
 import math

@@ -108,7 +108,8 @@ def quantise(weight: np.ndarray, format: str | Format) -> QuantisedWeight:
     """Quantise a weight [N, K] of float32 or bfloat16 values, a NumPy array.
 
     "Q4_0" and "Q8_0" have the bits of the ``gguf`` package; "Q4_K" and "Q6_K" are cufuse's own, without llama.cpp's search
-    (``cufuse.quantised.encode``). K must be a multiple of the block's weights (32, or 256).
+    (``cufuse.quantised.encode``). K must be a multiple of the block's weights (32, or 256). A NaN or an infinity spoils its block:
+    what decodes from there is NaN or infinite.
 
     Raises TypeError for kinds and dtypes, ValueError for shapes and formats.
     """

@@ -28,7 +28,8 @@ LANES = tuple(
     for lanes in (
         (32, 4, False), (16, 8, False), (32, 1, False), (32, 16, False), (16, 1, True), (8, 1, False), (16, 1, False),
         (2, 0, True), (4, 1, False), (64, 1, False), (32, 8, False), (32, 2, False), (64, 4, False), (128, 1, False),
-        (16, 4, False), (8, 4, False), (32, 0, False), (8, 0, False), (8, 64, False), (4, 0, False), (4, 64, False), (4, 0, True), (2, 1, True),
+        (16, 4, False), (8, 4, False), (32, 0, False), (8, 0, False), (8, 64, False), (4, 0, False), (4, 64, False),
+        (4, 0, True), (2, 1, True),
     )
 )  # fmt: skip
 BLOCKS = tuple((0, 0, False, *blocks) for blocks in ((32, 16), (64, 16), (128, 16), (256, 16), (32, 8), (0, 16), (0, 8), (16, 16)))

@@ -2,8 +2,9 @@
 
 Needs the test extra and cosmic-ray (``pip install cosmic-ray coverage``). Each mutant runs in a forked process with the module's
 text replaced in memory; of the fast tests those that run the changed statement are taken, quickest first. A mutant is killed
-where one of them fails, or ends in no time. The exit code is 0 where at least 90 % of the mutants are killed and every survivor
-stands in ``survivors.md``.
+where one of them fails, or ends in no time. Where no module is named all are taken; a table tells how many places each has and
+how many of its mutants were killed. The exit code is 0 where at least 90 % of the mutants are killed and every survivor stands
+in ``survivors.md``.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from tests.mutation import runs
-from tests.mutation.mutants import BY_NAME_ALONE, MODULES, Mutant, mutants
+from tests.mutation.mutants import MODULES, Mutant, mutants
 
 REQUIRED = 0.9
 SURVIVORS = Path(__file__).with_name("survivors.md")
@@ -31,7 +32,7 @@ SURVIVORS = Path(__file__).with_name("survivors.md")
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.split("\n\n")[0])
-    parser.add_argument("module", nargs="*", help=f"these only (default: all but {', '.join(BY_NAME_ALONE)}): {', '.join(MODULES)}")
+    parser.add_argument("module", nargs="*", help=f"these only (default: all): {', '.join(MODULES)}")
     parser.add_argument("--seed", type=int, default=0, help="which change is drawn at each place (default: %(default)s)")
     most_help = "places of a module, drawn where it has more (default: %(default)s; 0: all, about three times as long)"
     parser.add_argument("--most", type=int, default=60, help=most_help)
@@ -102,7 +103,7 @@ def main() -> int:
     )  # fmt: skip
     os.environ["CUFUSE_HYPOTHESIS_PROFILE"] = runs.PROFILE
     set_hypothesis_home_dir(os.devnull)
-    given.module = given.module or [module for module in MODULES if module not in BY_NAME_ALONE]
+    given.module = given.module or list(MODULES)
     if importlib.util.find_spec("numba") is None:
         print(f"{runs.WITH_NUMBA} is left out: Numba is not installed", file=sys.stderr)
         given.module = [module for module in given.module if module != runs.WITH_NUMBA]

@@ -28,11 +28,6 @@ MODULES = (
 )  # fmt: skip
 """Rounding, oracle, recipes, and every module of the emulation."""
 
-BY_NAME_ALONE = tuple(
-    f"emulation.{name}" for name in ("attention_products", "block_scaled", "exponential", "q8_1", "softmax_sums")
-)
-"""Not among those taken by default: their survivors are not explained yet."""
-
 
 @dataclass(frozen=True)
 class Mutant:

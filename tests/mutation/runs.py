@@ -34,6 +34,7 @@ MEMORY = 8 << 30
 TESTS = (
     "test_bf16.py", "test_oracle.py", "test_recipe.py", "test_sums.py", "test_tensor_core.py", "test_tensor_core_interface.py",
     "test_operations.py", "test_operation_errors.py", "test_rms_norm_qkv.py", "test_sum_macros.py", "test_mutation_gaps.py",
+    "test_mutation_gaps_decoder.py",
     "test_recipe_fields.py",
     "test_exponential.py", "test_softmax.py", "test_attention.py", "test_mlp.py", "test_quantised_formats.py",
     "test_quantised_linear.py",
