@@ -92,6 +92,8 @@ class TorchBlock:
         take = self.torch.from_dlpack
         self.calls = block.calls
         self._graphs: list[Any] = []
+        # what calls hold, such as an output that no pool of a graph has, must live as long as the graphs that hold its address
+        self._captured: list[Callable[[int], Any]] = []
         self.x = take(block.x)
         self.weights = [take(weight) for weight in block.weights[: block.calls]]
         self.tables = [take(upload(table))[None] for table in block.tables(bfloat16)]
@@ -112,6 +114,7 @@ class TorchBlock:
                 for index in range(self.calls):
                     last = call(index)
         self._graphs.append(graph)
+        self._captured.append(call)
         stream = torch.cuda.ExternalStream(clock.stream.ptr)
 
         def launch() -> None:
@@ -125,6 +128,7 @@ class TorchBlock:
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
+        self._captured.clear()
 
     def reference(self) -> tuple[Any, ...]:
         """q, k and v of Hugging Face's modules with the packed weight, for the last call of a graph; no graph."""

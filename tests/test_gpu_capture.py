@@ -41,11 +41,14 @@ def cast() -> tuple[Callable[[], Any], Any, Any]:
     return lambda: cufuse.round_to_bf16(given, out=out), out, cufuse.round_to_bf16(x)
 
 
+def on_device(weight: QuantisedWeight) -> QuantisedWeight:
+    return QuantisedWeight(to_gpu(weight.data), weight.format, weight.shape, weight.layout)
+
+
 def decoded_product() -> tuple[Callable[[], Any], Any, Any]:
     """Recipe torch decodes the weight to bfloat16 first."""
     weight, x = random_weight("Q4_0", 96, 512), inputs.bell((9, 512), 3)
-    packed, given = weight.packed(), to_gpu(x)
-    device, out = QuantisedWeight(to_gpu(packed.data), packed.format, packed.shape, packed.layout), apart((9, 96))
+    device, given, out = on_device(weight), to_gpu(x), apart((9, 96))
     expected = quantised_linear(x, weight, recipe="torch", k_slices=1)
     return lambda: quantised_linear(given, device, recipe="torch", k_slices=1, out=out), out, expected
 
@@ -92,6 +95,22 @@ def test_a_graph_does_not_meet_what_the_pool_gave_to_others(make: Callable[[], A
         assert all(bool((other == 0x5A).all()) for other in others), "the graph wrote into memory of others"
     for one, other in zip(outs, expected if isinstance(expected, tuple) else (expected,), strict=True):
         demand_same(AREA, gpu.ascontiguousarray(codes(one)).view(one.dtype), other, make.__name__)
+
+
+@pytest.mark.parametrize(("recipe", "packed"), [("torch", True), ("block-scaled", False)])
+def test_a_weight_is_not_repacked_in_a_capture(recipe: str, packed: bool) -> None:
+    gpu = gpu_support.cupy()
+    weight, x = random_weight("Q4_0", 96, 512), to_gpu(inputs.bell((9, 512), 3))
+    device = on_device(weight.packed() if packed else weight)
+    expected = quantised_linear(x, device, recipe=recipe)
+    stream = gpu.cuda.Stream(non_blocking=True)
+    gpu.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="before the capture"):
+            quantised_linear(x, device, recipe=recipe)
+        stream.end_capture()
+    demand_same(AREA, quantised_linear(x, device, recipe=recipe), expected, "after the refusal")
 
 
 def test_a_fresh_stream_with_work_on_the_way() -> None:

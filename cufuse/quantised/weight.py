@@ -67,16 +67,33 @@ class QuantisedWeight:
         return int(self.data.nbytes)
 
     def packed(self) -> "QuantisedWeight":
-        """This weight as "tiles" (itself where it is): once, at load. The kernels then need no other copy."""
+        """This weight as "tiles" (itself where it is): once, at load. The kernels then need no other copy.
+
+        ValueError where a CuPy array would have to be packed in a stream capture, as for ``unpacked``.
+        """
         if self.layout == "tiles":
             return self
+        self._refuse_in_capture("packed")
         return QuantisedWeight(tiles.pack(self.data, self.format), self.format, self.shape, "tiles")
 
     def unpacked(self) -> "QuantisedWeight":
-        """This weight as "blocks": the inverse of ``packed``, bit for bit."""
+        """This weight as "blocks": the inverse of ``packed``, bit for bit.
+
+        ValueError where a CuPy array would have to be unpacked in a stream capture: the graph would hold the address of memory
+        that goes back to CuPy's pool.
+        """
         if self.layout == "blocks":
             return self
+        self._refuse_in_capture("unpacked")
         return QuantisedWeight(tiles.unpack(self.data, self.format, *self.shape), self.format, self.shape)
+
+    def _refuse_in_capture(self, wanted: str) -> None:
+        cupy = sys.modules.get("cupy")
+        if cupy is not None and not isinstance(self.data, np.ndarray) and cupy.cuda.get_current_stream().is_capturing():
+            raise ValueError(
+                f'the weight has layout "{self.layout}", and a stream is being captured: call weight.{wanted}() before the '
+                "capture, so that the graph does not hold memory that others are given"
+            )
 
     def on_gpu(self) -> "QuantisedWeight":
         """A copy on CuPy's current device, packed; NoGpuError without one."""
