@@ -154,7 +154,7 @@ class Front:
         return medians[best], runs[best]
 
     def _bits(self, cell: Cell, runs: dict[str, Run], blocks: dict[Recipe, Block], reference: tuple[Any, ...] | None) -> None:
-        """Bits of every column against eager's, without PyTorch against the emulation's of the column's own recipe."""
+        """Bits of every column against eager's; without them those of cufuse against the emulation's of the column's own recipe."""
         emulated: dict[Recipe, tuple[Any, ...]] = {}
         for name, one in runs.items():
             found = cell.columns[name]
@@ -163,7 +163,7 @@ class Front:
             try:
                 if reference is not None:
                     compare(self.clock, found, one, reference, "eager")
-                elif math.prod((cell.tokens, cell.rows, cell.hidden)) <= _MOST_EMULATED:
+                elif name in self.ours and math.prod((cell.tokens, cell.rows, cell.hidden)) <= _MOST_EMULATED:
                     recipe = self.ours[name][0]
                     if recipe not in emulated:
                         emulated[recipe] = tuple(map(upload, blocks[recipe].emulated(blocks[recipe].calls - 1)))

@@ -5,7 +5,6 @@ Everything as in the first table: CUDA graphs over distinct weights, replayed in
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -53,7 +52,6 @@ class QuantisedTable:
 
     def measure(self, formats: Formats, cell: QuantisedCell) -> None:
         """Times, errors and, where the emulation is quick, bits of all formats."""
-        begin = time.monotonic()
         layer, exact = formats.layer, None
         blocks = {BF16: Block(layer, cell.tokens, _BASE)}
         blocks |= {name: Block(layer, cell.tokens, _QUANTISED, weights) for name, weights in formats.weights.items()}
@@ -87,7 +85,6 @@ class QuantisedTable:
                     with _Part(self.clock, cell.formats[name], name):
                         reference = tuple(map(upload, blocks[name].emulated(blocks[name].calls - 1)))
                         compare(self.clock, cell.formats[name], run, reference, "emulation")
-        cell.seconds = round(time.monotonic() - begin, 2)
 
 
 class _Part:

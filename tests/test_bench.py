@@ -228,6 +228,25 @@ def test_graphs_of_peers_end_with_their_cell(
         assert str(fault) in results.notes[0]
 
 
+def test_peers_keep_their_times_where_eager_fails(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only cufuse's columns have an emulation to be compared with."""
+
+    class WithoutEager(PretendedPeers):
+        names = (COMPILE, EAGER)
+
+        def run(self, name: str, clock: Any) -> Run:
+            if name == EAGER:
+                raise RuntimeError("no room")
+            return super().run(name, clock)
+
+    monkeypatch.setattr(bench_front, "Peers", WithoutEager)
+    [cell] = bench.run(bench.Settings(("small",), (3,), (cufuse.recipes["torch"],), repeat=1, peers=False)).cells
+    assert {name: one.failed for name, one in cell.columns.items()} == {CUFUSE: False, STATIC: False, COMPILE: False, EAGER: True}
+    assert (cell.columns[CUFUSE].differing, cell.columns[CUFUSE].against) == (0, "emulation")
+    assert cell.columns[COMPILE].microseconds is not None
+    assert cell.columns[COMPILE].against is None
+
+
 def test_every_column_of_pytorch_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = bench_peers.Peers.__new__(bench_peers.Peers)
     peers.torch, peers._streams = types.SimpleNamespace(cuda=types.SimpleNamespace(Stream=object)), {}

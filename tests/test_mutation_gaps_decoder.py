@@ -58,9 +58,9 @@ def test_every_recorded_order() -> None:
 
 def test_orders_seen_on_an_h200() -> None:
     """Four heads, one query or several: literal, not read from the record."""
-    lanes = {1: (Order(16, 8), Order(32, 4)), 164: (Order(32, 4), Order(32, 4)), 903: (Order(16, 1, True), Order(32, 16)),
+    lanes = {1: (Order(16, 8), Order(32, 4)), 164: (Order(32, 4), Order(32, 4)), 903: (Order(16, 1, True), Order(32)),
              908: (Order(16, 1, True), Order(32, 1)), 908 + 1: (Order(16, 1, True), Order(32, 1)),
-             906: (Order(16, 1, True), Order(32, 16)), 962: (Order(16, 1), Order(32, 1))}  # fmt: skip
+             906: (Order(16, 1, True), Order(32)), 962: (Order(16, 1), Order(32, 1))}  # fmt: skip
     assert {keys: orders(4, 1, keys) for keys in lanes} == lanes
     tiles = {3: (BLOCKS, Order(tile=32)), 74: (BLOCKS, Order(tile=32)), 76: (BLOCKS, Order(tile=128)),
              78: (BLOCKS, Order(tile=128)), 611: (Order(block=8), Order(tile=32, block=8)), 798: (BLOCKS, BLOCKS)}  # fmt: skip

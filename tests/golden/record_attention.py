@@ -33,7 +33,8 @@ LANES = tuple(
     )
 )  # fmt: skip
 BLOCKS = tuple((0, 0, False, *blocks) for blocks in ((32, 16), (64, 16), (128, 16), (256, 16), (32, 8), (0, 16), (0, 8), (16, 16)))
-ORDERS = {"single_query": (*LANES, *BLOCKS), "several_queries": (*BLOCKS, *LANES)}
+# the kernels for several queries add in blocks alone; cuBLAS takes lanes there for the scores of three sizes, which are listed
+ORDERS = {"single_query": (*LANES, *BLOCKS), "several_queries": BLOCKS}
 
 
 def main() -> None:
@@ -54,7 +55,9 @@ def main() -> None:
                     continue
                 for kind in ("scores", "values"):
                     label = f"{kind}, {products} products, {'one query' if queries == 1 else 'prompts'}"
-                    append(runs[kind][class_of(keys)], keys, ORDERS[name], explains(kind, products, queries, keys), unknown, label)
+                    # of 128 terms an incomplete first tile cannot be
+                    orders = [order for order in ORDERS[name] if kind == "values" or not order[3]]
+                    append(runs[kind][class_of(keys)], keys, orders, explains(kind, products, queries, keys), unknown, label)
             print(f"{products} products, {name}: {time.time() - start:.1f} s", flush=True)
     record: dict[str, Any] = versions() | {
         "script": "tests/golden/record_attention.py",
