@@ -5,6 +5,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,10 @@ class _Context:
         pass
 
 
-def installed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The stand-ins in place for one test, and one small model; returns the pretended CuPy."""
+def installed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> types.ModuleType:
+    """The stand-ins in place for one test, and one small model, without PyTorch and in ``folder``; returns the pretended CuPy."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "torch", None)
     cupy: Any = types.ModuleType("cupy")
     cupy.ndarray = type("ndarray", (), {})
     cupy.asarray, cupy.asnumpy, cupy.empty_like, cupy.count_nonzero = np.asarray, np.asarray, np.empty_like, np.count_nonzero

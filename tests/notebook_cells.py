@@ -9,6 +9,13 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cufuse
+from cufuse import launch
+
+if TYPE_CHECKING:
+    import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
@@ -29,6 +36,21 @@ def printed(path: Path, *, pictures: bool | None = None) -> list[str]:
             exec(compile(text, f"{path.name}, cell {place}", "exec"), names)  # the repository's own text
         found.append(out.getvalue())
     return found
+
+
+def demand_same_without_gpu(path: Path, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Notebook 06 prints through CuPy what it then prints where there is no GPU, the mistake that it looks for included."""
+    first, *on_device = printed(path, pictures=False)
+    assert first == "arrays of cupy\n"
+
+    def none() -> int:
+        raise cufuse.NoGpuError("no GPU for the second run")
+
+    monkeypatch.setattr(launch, "device_count", none)
+    first, *on_host = printed(path, pictures=False)
+    assert first == "arrays of numpy\n"
+    assert on_device == on_host
+    assert any("found with x" in text for text in on_device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,7 @@ from tests.host_gpu import HostGpu
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The pretended GPU, without PyTorch, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    return host_bench.installed(monkeypatch)
+    return host_bench.installed(monkeypatch, tmp_path)
 
 
 def test_a_run(host: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,7 @@ from tests.host_bench import COMMAND
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The pretended GPU, without PyTorch, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    return host_bench.installed(monkeypatch)
+    return host_bench.installed(monkeypatch, tmp_path)
 
 
 def test_several_recipes(host: Any, capsys: pytest.CaptureFixture[str]) -> None:

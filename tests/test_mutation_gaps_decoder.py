@@ -227,7 +227,9 @@ def test_the_ends_of_ex2() -> None:
     beyond = np.array([-126.00001, -126.5, -127, -127.5, -149, -np.inf, 128, 128.5, np.inf, np.nan, -np.nan], F)
     assert bits(exponential.ex2(beyond)).tolist() == [0] * 6 + [0x7F800000] * 3 + [0x7FFFFFFF] * 2
     near = np.array([-125.9, -125.5, -125.0001, 127.9, 0.9999], F)
-    assert np.allclose(exponential.ex2(near).astype(np.float64), 2.0 ** near.astype(np.float64), rtol=2.0**-22, atol=0)
+    correct = (2.0 ** near.astype(np.float64)).astype(F)
+    units = bits(exponential.ex2(near)).astype(np.int64) - bits(correct).astype(np.int64)
+    assert np.abs(units).max() <= 1  # what the H200's differ by at the most (data/ex2.json)
 
 
 def test_where_the_reduction_steps() -> None:

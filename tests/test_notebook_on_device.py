@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cufuse
 from cufuse import _gpu_cast, launch
 from tests import host_gpu
-from tests.notebook_cells import FOLDER, printed
+from tests.notebook_cells import FOLDER, demand_same_without_gpu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to run a kernel's text on the host")
 
@@ -76,17 +75,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 def test_the_notebook_prints_the_same_through_cupy(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, *on_device = printed(NOTEBOOK, pictures=False)
-    assert first == "arrays of cupy\n"
-
-    def none() -> int:
-        raise cufuse.NoGpuError("no GPU for the second run")
-
-    monkeypatch.setattr(launch, "device_count", none)
-    first, *on_host = printed(NOTEBOOK, pictures=False)
-    assert first == "arrays of numpy\n"
-    assert on_device == on_host
-    assert any("found with x" in text for text in on_device)  # the mistake
+    demand_same_without_gpu(NOTEBOOK, monkeypatch)
 
 
 def test_the_stand_in_refuses_what_cupy_refuses(cupy: Any) -> None:
