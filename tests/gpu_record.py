@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class Recorder:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.of_workers: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "gpu" in report.keywords:
@@ -112,18 +114,29 @@ class Recorder:
     def is_clean(self) -> bool:
         return self.counts["passed"] > 0 and self.counts["failed"] == 0 and self.counts["skipped"] == 0
 
+    def outputs(self) -> dict[str, int]:
+        """Outputs by area, those of pytest-xdist's processes included."""
+        return dict(self.of_workers + Counter(outputs_compared()))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.of_workers.update(getattr(node, "workeroutput", {}).get("cufuse_outputs", {}))
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["cufuse_outputs"] = {area: int(number) for area, number in outputs_compared().items()}
+            return
         part = os.environ.get(PART_VARIABLE)
         if part is not None:
             clean = exitstatus == 0 and self.is_clean()
-            found = {"clean": clean, "source_sha256": source_hash(), "tests": self.counts, "outputs": outputs_compared()}
+            found = {"clean": clean, "source_sha256": source_hash(), "tests": self.counts, "outputs": self.outputs()}
             Path(part).write_text(json.dumps(found), encoding="utf-8")
         elif exitstatus == 0 and self.is_clean() and is_full_run(session.config):
-            write(self.counts, outputs_compared(), time.monotonic() - self.started)
+            write(self.counts, self.outputs(), time.monotonic() - self.started)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        outputs = outputs_compared()
+        outputs = self.outputs()
         if outputs:
             terminalreporter.section("outputs compared on a GPU, 0 differing bits")
             for area, number in (*sorted(outputs.items()), ("together", sum(outputs.values()))):

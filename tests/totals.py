@@ -1,10 +1,12 @@
 """pytest plugin: how many inputs the properties tried and how many outputs they compared, by area, at the end of a run.
 
 The README's table is made of what this prints. ``count`` is called by the tests, once for each comparison that has passed.
+Processes of pytest-xdist hand their sums to the one that prints.
 """
 
 import os
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -36,6 +38,22 @@ def lines() -> list[str]:
     width = max(map(len, (*INPUTS, *WORST)), default=0)
     table = [f"{area:{width}}  {INPUTS[area]:>16,} inputs  {OUTPUTS[area]:>16,} outputs compared" for area in sorted(INPUTS)]
     return table + [f"{area:{width}}  largest error: {worst:.3f} of its bound" for area, worst in sorted(WORST.items())]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        sums = ({area: int(number) for area, number in counter.items()} for counter in (INPUTS, OUTPUTS))
+        output["cufuse_totals"] = [*sums, {area: float(worst) for area, worst in WORST.items()}]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    inputs, outputs, worst = getattr(node, "workeroutput", {}).get("cufuse_totals", ({}, {}, {}))
+    INPUTS.update(inputs)
+    OUTPUTS.update(outputs)
+    for area, largest in worst.items():
+        ratio(area, largest)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
