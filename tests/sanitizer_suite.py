@@ -5,7 +5,9 @@ they go into tests/gpu_record.json. CuPy's memory pool is off, for it hides acce
 """
 
 import argparse
+import collections
 import json
+import re
 import subprocess
 import sys
 import time
@@ -67,7 +69,9 @@ def _summary(tool: str, process: "subprocess.Popen[str]", seconds: float) -> dic
     calls = next(line for line in log.splitlines() if FINISHED in line)
     print(f"{tool}: {summary['summary']}; {calls}", flush=True)
     if summary["errors"]:
-        print("\n".join(line for line in log.splitlines() if line.startswith("="))[:4000])
+        for (call, kernel), count in tally(log).most_common(40):
+            print(f"  {count:6} x {kernel} in {call}")
+        print(first_errors(log))
     return {**summary, "suite": calls}
 
 
@@ -77,6 +81,18 @@ def first_errors(log: str, lines: int = 40) -> str:
     first = next((n for n, line in enumerate(said) if line.startswith("=========") and "COMPUTE-SANITIZER" not in line), len(said))
     call = next((line for line in reversed(said[:first]) if line.startswith(CALL)), "before the first call")
     return "\n".join([call, *said[first : first + lines]])
+
+
+def tally(log: str) -> "collections.Counter[tuple[str, str]]":
+    """How often the tool names each kernel, by the call that ran it."""
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    call = "before the first call"
+    for line in log.splitlines():
+        if line.startswith(CALL):
+            call = line.removeprefix(CALL)
+        elif (named := re.search(r"\bat (\w+)\+0x", line)) is not None:
+            found[call, named[1]] += 1
+    return found
 
 
 def run_kernels() -> None:

@@ -71,3 +71,9 @@ def test_a_log_is_cut_to_its_first_errors() -> None:
     log = "========= COMPUTE-SANITIZER\ncall: a\ncall: b\n========= Invalid __global__ read\n=========     at heads\ncall: c\n"
     assert sanitizer_suite.first_errors(log, lines=2) == "call: b\n========= Invalid __global__ read\n=========     at heads"
     assert sanitizer_suite.first_errors("========= Error").startswith("before the first call")
+
+
+def test_a_log_is_summed_up_by_call_and_kernel() -> None:
+    race = "========= Error: Race between Write access at heads+0x10\n=========     and Read access at heads+0x20"
+    log = f"call: a\n{race}\ncall: b\n=========     at cast_f32+0x250\n{race}\n=========     by thread (0,0,0) in block (8,0,0)"
+    assert sanitizer_suite.tally(log) == {("a", "heads"): 2, ("b", "heads"): 2, ("b", "cast_f32"): 1}
