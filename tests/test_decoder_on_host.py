@@ -3,6 +3,7 @@
 The exponential is float64's, rounded, on both sides here: CUDA's own is compared on a GPU.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> HostGpu:
     return found
 
 
-# among them an incomplete tile first, blocks of 8
-ATTENTION_SHAPES = [(1, 7, 7), (1, 13, 40), (2, 19, 33), (1, 2, 130), (4, 2, 259), (4, 13, 301)]
+# among them an incomplete tile first, blocks of 8, scores by lanes (the last three: 128 and 256 products)
+ATTENTION_SHAPES = [
+    (1, 7, 7), (1, 13, 40), (2, 19, 33), (1, 2, 130), (4, 2, 259), (4, 13, 301), (32, 13, 13), (32, 15, 15), (64, 9, 9),
+]  # fmt: skip
 
 
 def products(batch: int, queries: int, keys: int, heads: tuple[int, int], size: int) -> tuple[np.ndarray, ...]:
@@ -152,14 +155,58 @@ def test_any_order_of_lanes(gpu: HostGpu, order: Order) -> None:
     demand_bits(out[0, 0], expected, "attended")
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order(lanes, vector, ascending)
+        for lanes, vector, ascending in (
+            (1, 1, False), (2, 0, True), (8, 4, False), (16, 1, True), (32, 4, False), (64, 1, True), (128, 2, False),
+        )
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_of_several_queries_in_any_order_of_lanes(gpu: HostGpu, order: Order, causal: bool) -> None:
+    """Three tiles of rows, the last one short, and two blocks of keys; terms that cancel; nothing beside the scores is written."""
+    queries, keys, row, numerics = 11, 45, 56, EXACT.attention
+    q, k, v = products(2, queries, keys, (6, 2), 64)
+    k[:, :, :, 1::2] = -k[:, :, :, ::2]
+    q[:, :, :, 1::2] = bf16(q[:, :, :, ::2].astype(np.float32) * np.float32(1.01))
+    scores, weights, out = buffers(numerics, 2 * 6 * queries, row, q.shape)
+    weights = np.full_like(scores, 0x7FC0)
+    code = order.lanes | order.vector << 8 | order.ascending << 16
+    arrays = [Array(one) for one in (q, k, v, scores, weights, out)]
+    _gpu_decoder.run_attention(*arrays, keys, 0.125, causal, numerics, 0, (code, 0))
+    found = scores.view(cufuse.bfloat16).reshape(2, 6, queries, row)
+    seen = np.arange(keys) <= keys - queries + np.arange(queries)[:, None] if causal else np.ones((queries, keys), bool)
+    lowest = np.array(0xFF7F, np.uint16).view(cufuse.bfloat16).astype(np.float32)
+    for entry, head in np.ndindex(2, 6):
+        raw = bf16(multiply(q[entry, :, head], k[entry, :, head // 3], order, "sm_90"))
+        scaled = bf16(raw.astype(np.float32) * np.float32(0.125)).astype(np.float32)
+        expected = bf16(scaled + np.where(seen, np.float32(0), lowest))
+        demand_bits(np.ascontiguousarray(found[entry, head, :, :keys]), expected, f"entry {entry}, head {head}")
+    assert (scores[:, keys:] == 0x7FC0).all()
+
+
 def test_orders_that_are_recorded_have_powers_of_two() -> None:
-    """As the kernels want them."""
-    for count in (1, 4, 16, 64, 128, 512):
+    """As the kernels want them; and they have the values of several queries in blocks alone."""
+    for count, queries in itertools.product((1, 4, 16, 64, 128, 256, 512), (1, 2)):
         for keys in range(1, 3000):
-            for order in attention_products.orders(count, 1, keys):
+            scores, values = attention_products.orders(count, queries, keys)
+            for order in (scores, values):
                 assert order.lanes <= 128 and order.lanes & (order.lanes - 1) == 0
                 assert order.vector & (order.vector - 1) == 0
-                assert (order.tile, order.block) == (0, 16)
+            assert scores.tile == 0
+            assert (values.tile, values.block) == (0, 16) if queries == 1 else values.lanes == 0
+
+
+def test_prompts_whose_scores_are_summed_in_lanes() -> None:
+    """As recorded: 16 lanes, added one after the other, for these alone of the measured sizes."""
+    lanes = Order(16, 1, True)
+    for count in (4, 8, 16, 32, 64, 128, 256):
+        found = [keys for keys in range(2, 2400) if attention_products.orders(count, keys, keys)[0].lanes]
+        assert found == {128: [13, 15], 256: [9]}.get(count, [])
+    assert {attention_products.orders(count, keys, keys)[0] for count, keys in ((128, 13), (128, 15), (256, 9))} == {lanes}
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 1024, 2048, 2049, 9216, 9217, 9220, 12256])

@@ -6,8 +6,9 @@ The products go to kernels of three kinds, told apart by probes that give away t
 - tensor-core blocks of 16, K ascending (nvjet kernels; every product whose sizes are multiples of 8);
 - the same with the incomplete tile of K first (CUTLASS kernels, other numbers of keys, two queries or more): the first K mod tile
   terms in blocks of their own, then the others; for large odd numbers of keys the blocks have 8 terms;
-- for a single query and a number of keys that 8 does not divide, matrix-vector kernels on float32 units: each of some lanes adds
-  its terms in order by fused multiply-add (bfloat16 products are exact), then the lanes are added.
+- for a single query and a number of keys that 8 does not divide, and for the scores of a few small prompts, matrix-vector kernels
+  on float32 units: each of some lanes adds its terms in order by fused multiply-add (bfloat16 products are exact), then the
+  lanes are added.
 """
 
 import functools
@@ -52,7 +53,7 @@ def orders(products: int, queries: int, keys: int) -> tuple[Order, Order]:
 
     Measured for some numbers of products, told apart by the numbers of keys (odd, even, divisible by 4), as
     ``data/attention_orders.json`` says; between measured sizes the nearest measured one below is taken.
-    Not described are the scores of prompts of 13 and 15 keys at 128 products and of 9 keys at 256: cuBLAS adds them by lanes.
+    Several queries were measured as prompts, as many as keys.
     """
     if keys % 8 == 0:
         return BLOCKS, BLOCKS
