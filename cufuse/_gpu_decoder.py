@@ -21,7 +21,7 @@ _ARGMAX: Final = struct.Struct("8Pqii")
 
 _WARP_ROWS: Final = 2048  # columns that the order of one warp is for
 HEAD_DIMS: Final = (64, 128, 256)
-# of attention_decode_scores.cu and attention_decode_values.cu
+# of attention_decode_scores.cu (keys: of attention_scores.cu too) and attention_decode_values.cu
 _MOST_LANES: Final = 128
 _SCORE_KEYS, _SCORE_ROWS = 32, 8
 _VALUE_KEYS, _VALUE_ROWS, _VALUE_WIDTHS = 512, 4, (16, 32)
@@ -166,7 +166,8 @@ def run_attention(
     strides = [stride // 2 for array in (q, k) for stride in array.strides[:3]]
     pointers = (q.data.ptr, k.data.ptr, scores.data.ptr)
     arguments = (*pointers, *strides, queries, heads, kv_heads, keys, row, int(causal), both[0], scale)
-    prepared = launch.prepare(_scores_kernel(size, numerics, False), device, (tiles, -(-keys // 32), 1))
+    memory = 4 * (both[0] & 255) * (_SCORE_KEYS + 1)  # of the lanes' sums
+    prepared = launch.prepare(_scores_kernel(size, numerics, False), device, (tiles, -(-keys // _SCORE_KEYS), 1), smem=memory)
     prepared(_SCORES.pack(*arguments))
     rows = batch * heads * queries
     run_softmax(scores.data.ptr, weights.data.ptr, rows, row, keys, numerics, scores.itemsize == 4, device)
@@ -297,9 +298,9 @@ def argmax(logits: Any, ids: Any, state: tuple[Any, ...] = (), programmatic: boo
     parts = max(1, min(-(-columns // _ARGMAX_PART), 64))
     workspace = launch.workspace(device, 8 * rows * parts)
     arguments = _ARGMAX.pack(logits.data.ptr, workspace, ids.data.ptr, *pointers, row, columns, parts)
-    kernel = _PARTS_KERNELS[logits.itemsize == 4]
-    launch.prepare(kernel, device, (rows, parts, 1), programmatic=programmatic)(arguments)
-    launch.prepare(_ARGMAX_KERNEL, device, rows, programmatic=programmatic)(arguments)
+    shapes = ((_PARTS_KERNELS[logits.itemsize == 4], (rows, parts, 1)), (_ARGMAX_KERNEL, (rows, 1, 1)))
+    prepared = [launch.prepare(kernel, device, grid, programmatic=programmatic) for kernel, grid in shapes]
+    launch.one_by_one((one, arguments) for one in prepared)
     return ids
 
 

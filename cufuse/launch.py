@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import itertools
 import math
 import pkgutil
 import tempfile
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -121,9 +122,24 @@ def device_of(**arrays: Any) -> int:
     return int(next(iter(devices.values())))
 
 
+class _ThisThread(threading.local):
+    """A number that no other thread of the process ever has (the system gives its own again)."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        self.number = next(self.numbers)
+
+
+_this_thread = _ThisThread()
+_PER_THREAD: Final = 2  # cudaStreamPerThread: one name for the default streams of all threads
+
+
 def current_stream() -> int:
-    """Pointer of CuPy's current stream on the current device."""
-    return int(_cupy().cuda.get_current_stream().ptr)
+    """CuPy's current stream on the current device: its pointer; for the per-thread default stream, which is another one in each
+    thread, a negative number of this thread."""
+    stream = int(_cupy().cuda.get_current_stream().ptr)
+    return stream if stream != _PER_THREAD else -_this_thread.number
 
 
 def on_device(device: int) -> contextlib.AbstractContextManager[Any]:
@@ -154,12 +170,23 @@ class Prepared:
         config = self._configs.get(stream)
         if config is None:
             grid, threads, smem, cluster, programmatic = self._shape
-            config = ctypes.byref(_driver.launch_config(grid, threads, smem, stream, cluster, programmatic))
+            handle = stream if stream >= 0 else _PER_THREAD
+            config = ctypes.byref(_driver.launch_config(grid, threads, smem, handle, cluster, programmatic))
             self._configs[stream] = config
         return config
 
+    def clusters_at_once(self) -> int:
+        """How many clusters the device runs at the same time when nothing else does (no more than fit into its GPCs)."""
+        grid, threads, smem, cluster, _ = self._shape
+        config = _driver.launch_config(grid, threads, smem, 0, cluster, False)
+        found = ctypes.c_int()
+        call = _driver.library().cuOccupancyMaxActiveClusters
+        _driver.check(call(ctypes.byref(found), self._function, ctypes.byref(config)), "cuOccupancyMaxActiveClusters")
+        return found.value
+
     def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
-        """The launch on a stream with everything prepared: calling it returns the driver's status, 0 if all is well."""
+        """The launch on a stream (``current_stream``) with everything prepared: calling it returns the driver's status, 0 if all
+        is well."""
         params = ctypes.byref(ctypes.c_char_p(arguments))
         return functools.partial(self._launch, self._config(stream), self._function, params, None)
 
@@ -241,20 +268,26 @@ def _make_context_current(device: int) -> None:
 
 
 _workspaces: dict[tuple[int, int, str], list[Any]] = {}
+_growing = threading.Lock()
 
 
 def workspace(device: int, size: int, purpose: str = "") -> int:
     """Pointer to at least ``size`` bytes that belong to CuPy's current stream on ``device``, others for each ``purpose``.
 
-    Launches of one stream share it, one after the other. It only ever grows, and outgrown ones are kept: a captured graph
-    holds their addresses. Graphs captured on one stream must therefore not be replayed at the same time.
+    Launches of one stream share it, one after the other. It only ever grows, and outgrown ones are kept, as are those of threads
+    (per-thread default streams) and streams that are gone: a captured graph holds their addresses. Graphs captured on one stream
+    must therefore not be replayed at the same time; nor graphs whose streams came one after the other, as CUDA gives the handle of
+    a stream that is gone to the next one (50 of 50 on an H200): keep the streams.
     """
     cupy = _cupy()
-    held = _workspaces.setdefault((device, cupy.cuda.get_current_stream().ptr, purpose), [])
-    if not held or held[-1].nbytes < size:
-        with _driver.relaxed_capture():
-            held.append(cupy.empty(max(size, 2 * held[-1].nbytes if held else 1 << 20), "u1"))
-    return int(held[-1].data.ptr)
+    held = _workspaces.setdefault((device, current_stream(), purpose), [])
+    with _growing:  # two threads on one stream would each append a block, and take the other's smaller one
+        block = held[-1] if held else None
+        if block is None or block.nbytes < size:
+            with _driver.relaxed_capture():
+                block = cupy.empty(max(size, 2 * block.nbytes if block is not None else 1 << 20), "u1")
+            held.append(block)
+    return int(block.data.ptr)
 
 
 def temporary(shape: tuple[int, ...], dtype: Any, purpose: str) -> Any:
@@ -302,7 +335,7 @@ def counters(device: int) -> int:
     stream, one after the other, share them. As with ``workspace``, graphs captured on one stream must not run at the same time.
     """
     cupy = _cupy()
-    key = (device, cupy.cuda.get_current_stream().ptr)
+    key = (device, current_stream())
     if key not in _counters:
         with _making_counters:
             if key not in _counters:

@@ -74,6 +74,26 @@ def test_attention_is_the_emulation(size: int) -> None:
     demand_cases("attention", cases)
 
 
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(8, 16, 8), (1, 128, 64), (16, 16, 8)])
+def test_prompts_around_those_summed_in_lanes_are_pytorch(batch: int, heads: int, kv_heads: int) -> None:
+    """Transformers' eager attention at 128 and 256 products: scores of 13 and 15, and of 9 keys by lanes, their neighbours not."""
+    torch = gpu_support.torch()
+    cases = []
+    for tokens in (7, 9, 11, 12, 13, 15, 17):
+        host = [random_bf16(seed, batch, tokens, h, 128, scale=2) for seed, h in enumerate((heads, kv_heads, kv_heads))]
+        q, k, v = (to_torch(to_gpu(one)).transpose(1, 2) for one in host)
+        k, v = (one.repeat_interleave(heads // kv_heads, dim=1) for one in (k, v))
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        mask = torch.zeros(tokens, tokens, dtype=q.dtype, device=q.device).masked_fill(hidden, torch.finfo(q.dtype).min)
+        scores = torch.matmul(q, k.transpose(2, 3)) * 128**-0.5 + mask
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        expected = from_torch(torch.matmul(weights, v).transpose(1, 2).contiguous())
+        call = functools.partial(attention, *map(to_gpu, host))
+        cases.append(gpu_support.Case(f"{tokens} tokens, PyTorch", call, lambda found=expected: found))
+        cases.append(against_numpy(f"{tokens} tokens, emulation", attention, *host))
+    demand_cases("attention, prompts", cases)
+
+
 def test_attention_beyond_one_warp_of_keys() -> None:
     q, k, v = (random_bf16(seed, 1, n, h, 128) for seed, (n, h) in enumerate(((2, 2), (2100, 1), (2100, 1))))
     demand_cases("attention", [against_numpy("2100 keys", attention, q, k, v)])

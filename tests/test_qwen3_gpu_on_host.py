@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _driver, _gpu_gemm, _gpu_linear, _gpu_qkv, launch
+from cufuse import _driver, _gpu_decoder, _gpu_gemm, _gpu_linear, _gpu_qkv, launch
 from cufuse._model_config import ModelConfig
 from cufuse.qwen3 import Qwen3
 from cufuse.qwen3.gpu_greedy import GreedyGraph
@@ -140,12 +140,19 @@ def pretended_cupy() -> Any:
 
 
 class Recorded:
-    """A prepared launch that is run, or kept while a stream captures."""
+    """A prepared launch that is run, or kept while a stream captures. What has an address within the stream's workspaces has to be
+    launched by ``launch.one_by_one``: threads on one stream share them."""
 
-    def __init__(self, prepared: Any) -> None:
-        self.prepared = prepared
+    shared = 0  # such launches
+
+    def __init__(self, prepared: Any, workspaces: list[np.ndarray]) -> None:
+        self.prepared, self.workspaces = prepared, workspaces
 
     def __call__(self, arguments: bytes) -> None:
+        words = set(np.frombuffer(arguments, np.uint64, len(arguments) // 8).tolist())
+        if any(one.ctypes.data <= word < one.ctypes.data + one.nbytes for word in words for one in self.workspaces):
+            Recorded.shared += 1
+            assert launch._launching.locked(), "a launch with the stream's workspace, and another thread's may come between"
         if Stream.capturing is None:
             self.prepared(arguments)
         else:
@@ -172,7 +179,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch, machines: tuple[Any, Any]) -> Iterator
 
         def prepare(kernel: Any, device: int, grid: Any, **options: Any) -> Recorded:
             machine = tensor if kernel.source.startswith(OURS) else plain
-            return Recorded(machine.prepare(kernel, device, grid, **options))
+            return Recorded(machine.prepare(kernel, device, grid, **options), tensor._workspaces)
 
         counters = np.zeros(4096, np.uint8).ctypes
         kept: list[Any] = []  # a graph holds addresses
@@ -225,8 +232,59 @@ def test_greedy_graph(cupy: Any, machines: tuple[Any, Any], name: str, batch: in
     assert np.array(found.tokens).tolist() == expected.tokens.tolist()
     demand_bits(np.array(found.logits), expected.logits, "logits")
     assert seen == expected.tokens[0].tolist()
+    assert Recorded.shared > 0
     launched = {kernel.source for kernel in machines[1].launched}
     assert {"rms_norm_linear_sm90.cu", "attention_decode_scores.cu", "attention_decode_values.cu"} <= launched
+
+
+def test_steps_that_are_interrupted_have_ended(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory goes back to the pool, for a stream that does not wait for theirs."""
+    events: list[str] = []
+    step = GreedyGraph.step
+    monkeypatch.setattr(GreedyGraph, "step", lambda self: (events.append("step"), step(self)))
+    monkeypatch.setattr(Stream, "synchronize", lambda self: events.append("synchronised"))
+
+    def on_tokens(step: int, tokens: np.ndarray) -> None:
+        if step == 2:
+            events.append("interrupted")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny().generate(cupy.asarray(np.array([4, 90, 17])), 5, recipe=exact("torch"), on_tokens=on_tokens)
+    assert events[-2:] == ["interrupted", "synchronised"]
+    assert events.count("step") == 2
+
+
+def test_a_capture_that_fails_is_ended(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    argmax = _gpu_decoder.argmax
+
+    def fails_in_capture(*given: Any) -> Any:
+        if Stream.capturing is not None:
+            raise MemoryError("no room")
+        return argmax(*given)
+
+    ids = np.array([4, 90, 17])
+    with monkeypatch.context() as patch:
+        patch.setattr(_gpu_decoder, "argmax", fails_in_capture)
+        with pytest.raises(MemoryError, match="no room"):
+            tiny().generate(cupy.asarray(ids), 3, recipe=exact("torch"))
+    assert Stream.capturing is None
+    found = tiny().generate(cupy.asarray(ids), 3, recipe=exact("torch"))
+    assert np.array(found.tokens).tolist() == tiny().generate(ids, 3, recipe=exact("torch")).tokens.tolist()
+
+
+def test_a_pass_is_not_captured(cupy: Any) -> None:
+    """Its intermediates come from the pool and are given to others when it is over."""
+    model = tiny()
+    ids = cupy.asarray(np.array([1, 2, 3]))
+    cupy.cuda.get_current_stream().begin_capture()
+    try:
+        for call in (model.forward, lambda ids: model.generate(ids, 2)):
+            with pytest.raises(ValueError, match="outside of the capture"):
+                call(ids)
+        assert Stream.capturing == []
+    finally:
+        Stream.capturing = None
 
 
 @pytest.mark.parametrize(

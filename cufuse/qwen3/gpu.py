@@ -26,6 +26,7 @@ class GpuDecoder:
     def __init__(self, weights: Weights) -> None:
         import cupy
 
+        _refuse_capture()
         self.cupy = cupy
         self.device = launch.current_device()
         self.config = weights.config
@@ -55,7 +56,8 @@ class GpuDecoder:
         self, token_ids: Any, recipe: Recipe, *, cache: GpuCache | None = None, keep: Keep | None = None, last_only: bool = False
     ) -> Any:
         """Logits [batch, T, V] of checked ids [batch, T] (NumPy or CuPy, int64), as ``Decoder.run``; intermediates are CuPy
-        arrays."""
+        arrays. ValueError in a stream capture: the graph would hold the memory of intermediates, which others are given."""
+        _refuse_capture()
         return _Pass(self, self.cupy.asarray(token_ids), recipe, cache, keep).run(last_only)
 
     def tables(self, first: int, count: int, recipe: Recipe) -> tuple[Any, Any]:
@@ -64,6 +66,16 @@ class GpuDecoder:
         positions = np.arange(first, first + count)
         cos, sin = rope_tables(positions, self.config.head_dim, base=self.config.rope_theta, dtype=dtype)
         return _uploaded(cos), _uploaded(sin)
+
+
+def _refuse_capture() -> None:
+    import cupy
+
+    if cupy.cuda.get_current_stream().is_capturing():
+        raise ValueError(
+            "the current stream is being captured, and a model copies its weights and allocates its intermediates: run it outside "
+            "of the capture; generate replays its decoding steps as a graph itself"
+        )
 
 
 def _uploaded(x: Any) -> Any:

@@ -93,14 +93,17 @@ class GpuModel:
 
         graph = GreedyGraph(self.decoder, recipe, cache, tokens.shape[1])
         graph.start(tokens[:, 0])
-        for step in range(1, tokens.shape[1]):
-            graph.step()
-            with graph.stream:
-                codes(every)[:, step] = codes(graph.logits)
-            if on_tokens is not None:
-                graph.stream.synchronize()
-                on_tokens(step, graph.tokens[:, step].get())
-        graph.stream.synchronize()
+        try:
+            for step in range(1, tokens.shape[1]):
+                graph.step()
+                with graph.stream:
+                    codes(every)[:, step] = codes(graph.logits)
+                if on_tokens is not None:
+                    graph.stream.synchronize()
+                    on_tokens(step, graph.tokens[:, step].get())
+        finally:
+            # however it ends: the memory of the steps goes back to the pool as another stream's, which does not wait for this one
+            graph.stream.synchronize()
         tokens[...] = graph.tokens
 
     def _greedy(self, logits: Any) -> Any:

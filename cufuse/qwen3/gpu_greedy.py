@@ -41,8 +41,8 @@ def replayable(decoder: GpuDecoder, recipe: Recipe, batch: int) -> bool:
 class GreedyGraph:
     """Decoding of one token for each sequence as a CUDA graph that feeds itself: argmax, cache, next position.
 
-    After ``start`` each ``step`` replays the captured launches on ``stream``; ``tokens`` [batch, steps] and ``logits`` [batch, V]
-    are on the device. Nothing else may use the cache meanwhile.
+    After ``start`` each ``step`` is one on ``stream``, the first launched kernel by kernel, the others replayed; ``tokens`` [batch,
+    steps] and ``logits`` [batch, V] are on the device. Nothing else may use the cache meanwhile.
     """
 
     def __init__(self, decoder: GpuDecoder, recipe: Recipe, cache: GpuCache, steps: int) -> None:
@@ -105,8 +105,7 @@ class GreedyGraph:
         return found.pop() if len(found) == 1 else None
 
     def start(self, tokens: Any) -> None:
-        """The first decoded tokens [batch], at the cache's length; then one plain step, which compiles and loads, and the
-        capture."""
+        """The first decoded tokens [batch], at the cache's length. Waits until all that the steps read is on the device."""
         cupy, length = self.cupy, self.cache.length
         self.ids[...] = tokens
         self.tokens[:, 0] = tokens
@@ -117,18 +116,27 @@ class GreedyGraph:
         cupy.cuda.get_current_stream().synchronize()
 
     def step(self) -> None:
-        """One token more for every sequence; the second call captures, further ones replay."""
+        """One token more for every sequence. The first call launches kernel by kernel, which compiles and loads them, and then
+        captures the same launches; further ones replay."""
         with launch.on_device(self.decoder.device), self.stream:
             if self.cache.length + 1 > self.cache.capacity:
                 raise ValueError(f"the cache has room for {self.cache.capacity} positions and is full: make a larger one")
             if self.graph is None:
                 self._launch()
-                self.stream.begin_capture()
-                self._launch()
-                self.graph = self.stream.end_capture()
+                self.graph = self._captured()
             else:
                 self.graph.launch(self.stream)
         self.cache.length += 1
+
+    def _captured(self) -> Any:
+        self.stream.begin_capture()
+        try:
+            self._launch()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what went wrong is said already; the stream shall not stay in its capture
+                self.stream.end_capture()
+            raise
+        return self.stream.end_capture()
 
     def _launch(self) -> None:
         decoder = self.decoder
@@ -207,7 +215,7 @@ class GreedyGraph:
             if self.chained and self.gate_up_slices is not None and bfloat16_in:
                 alignment = (0, weights.gate_up_proj.data.ptr & 15, 0)
                 problem = _gpu_linear.describe(
-                    self.normalised, weights.gate_up_proj, self.gate_up, alignment, self.gate_up_slices, device, programmatic=True
+                    self.normalised, weights.gate_up_proj, self.gate_up, alignment, self.gate_up_slices, device, weights_ready=True
                 )
                 stated = cast(Recipe, types.SimpleNamespace(norm=self.behind))
                 wide = (weights.mlp_norm.itemsize == 4, residual.itemsize == 4)
@@ -240,4 +248,4 @@ class GreedyGraph:
             return
         if k_slices is None:
             k_slices = slices(len(x), len(weight), weight.shape[1], self.dense)
-        _gpu_linear.linear(x, weight, out, k_slices, programmatic=self.chained)
+        _gpu_linear.linear(x, weight, out, k_slices, weights_ready=self.chained)
