@@ -7,6 +7,7 @@ from cufuse import _gpu_gemm, _layout, compiler, launch
 from cufuse import _linear_quantised as planning
 from cufuse._linear_problem import ceil_div
 from cufuse._linear_quantised import Configuration, Machine, Product
+from cufuse._linear_quantised_wgmma import WGMMA
 from cufuse.bf16 import bfloat16
 from cufuse.compiler import Kernel
 from cufuse.quantised import tiles
@@ -56,7 +57,7 @@ KERNELS: Final = (
     *_ACTIVATIONS.values(),
     *(c.kernel for c in planning.ANYWHERE),
     *(c.kernel for c in planning.STREAMED),
-    *(c.kernel for c in planning.CLUSTERED),
+    *(c.kernel for c in WGMMA),
 )
 
 

@@ -7,9 +7,9 @@ pieces are on their way while the norm still runs. Everything else goes one oper
 from typing import Any, Final
 
 from cufuse import _gpu_norm_quantised, _gpu_qkv_steps, _gpu_quantised, _layout, launch
+from cufuse._gpu_head_parts import HeadParts
 from cufuse._gpu_heads import Unsuited
-from cufuse._gpu_norm_linear import Rows
-from cufuse._gpu_qkv_chain import Chain, Launches, Step
+from cufuse._gpu_qkv_chain import _OF_HEADS, Chain, Launches, Step, _alignment, _finished_block, _rows_of
 from cufuse._linear_quantised import Product
 from cufuse.compiler import Kernel
 from cufuse.qkv import Heads
@@ -54,25 +54,26 @@ class QuantisedChain(Chain):
 
     def _norm_and_projection(  # type: ignore[override]
         self, arrays: dict[str, Any], products: dict[str, Product], normalised_at: int, raw_at: int, eps: float, recipe: Recipe,
-        device: int, static: bool,
+        device: int, static: bool, ends: Any = None,
     ) -> Step | None:  # fmt: skip
-        """Both in one launch, for one row and a packed weight; None where that cannot be."""
-        x, residual, norm_weight = arrays["x"], arrays["residual"], arrays["norm_weight"]
-        total = arrays["out[3]"] if residual is not None else None
-        read = [array for array in (x, residual, norm_weight, total) if array is not None]
-        if len(products) > 1 or x.size != x.shape[-1] or x.itemsize != 2 or any(array.data.ptr % 16 for array in read):
+        """Both in one launch, for a few rows and a packed weight, with ``ends`` the heads as well; None where that cannot be."""
+        rows = _rows_of(arrays, recipe)
+        if len(products) > 1 or rows is None:
             return None
-        (name, product), sum_of = next(iter(products.items())), recipe.residual_sum if residual is not None else None
-        wide = residual is not None and residual.itemsize == 4
-        rows = Rows(recipe, 1, x.size, sum_of, norm_weight.itemsize == 4, wide, (0, 0, 0))
+        name, product = next(iter(products.items()))
+        names = list(_OF_HEADS) if ends is not None else []
         try:
-            plan = _gpu_norm_quantised.Plan(rows, product, eps, device, weights_ready=static)
+            heads = None
+            if ends is not None:
+                alignment = _alignment(arrays, names[:-1])
+                heads = HeadParts(_finished_block(arrays), ends, recipe.norm, eps, alignment)
+            plan = _gpu_norm_quantised.Plan(rows, product, eps, device, weights_ready=static, heads=heads)
         except Unsuited:
             return None
 
         def step(address: dict[str, int], workspace: int) -> Launches:
             row = [address.get(one, 0) for one in ("x", "residual", "norm_weight", "out[3]")]
-            return plan.launches(*row, address[name], workspace + raw_at)
+            return plan.launches(*row, address[name], workspace + raw_at, *(address[one] for one in names))
 
         return step
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from cufuse import _driver
 from cufuse._linear_problem import Launch, ceil_div
+from cufuse._linear_quantised_wgmma import WGMMA, Warpgroups, candidates, plan_wgmma
 from cufuse.compiler import Kernel
 from cufuse.quantised import tiles
 from cufuse.quantised.formats import FORMATS, Format
@@ -15,12 +16,9 @@ MOST_SLICES: Final = 8
 
 _NUMBERS: Final = {"Q4_0": 0, "Q8_0": 1, "Q4_K": 2, "Q6_K": 3}
 _STAGE_PIECES: Final = {"Q4_0": 2, "Q8_0": 1, "Q4_K": 1, "Q6_K": 1}
-_CLUSTER_STAGE_PIECES: Final = {"Q4_0": 2, "Q8_0": 2, "Q4_K": 1, "Q6_K": 1}
 _IN_FLIGHT: Final = 84 * 1024
 """Bytes of the weight that a multiprocessor asks for ahead. Why no more is a supposition, not measured: that memory answers all
 requests under way in an order of its own, so that with many every stage comes late."""
-_CLUSTER_WARPS: Final = 16
-_CLUSTER_COLUMNS: Final = 64
 _FIRST_WITH_COPIES: Final = 90
 _LAST_WITH_MULTICAST: Final = 119
 _PART_BYTES: Final = 16 * 32
@@ -34,7 +32,6 @@ _X_BUDGET: Final = 98304
 """Shared memory that x may take; the rings of the weight want the rest."""
 
 _STREAMED: Final = struct.Struct("15i4xPPPq32x")
-_CLUSTERED: Final = struct.Struct("14iPP56x")
 _ANYWHERE: Final = struct.Struct("PPPq6i")
 
 
@@ -121,7 +118,7 @@ class Streamed:
         if self.tokens == 8:
             return 24 if self.parts == 1 else 16
         if self.tokens == 16:
-            return 24 if not self.resident and FORMATS[self.form].values == 32 else 16
+            return 24 if FORMATS[self.form].values == 32 else 16
         return 16 if self.form == "Q4_0" and self.parts == 1 else 8
 
     @property
@@ -130,7 +127,7 @@ class Streamed:
         threads = 32 * (self.warps + (0 if self.resident else 1))
         defines = {
             "FORMAT": _NUMBERS[self.form], "TOKENS": self.tokens, "PARTS": self.parts, "RESIDENT": int(self.resident),
-            "CLUSTER": self.cluster, "STAGE_PIECES": _STAGE_PIECES[self.form], "MAX_THREADS": threads, "NORM": 0,
+            "CLUSTER": self.cluster, "STAGE_PIECES": _STAGE_PIECES[self.form], "MAX_THREADS": threads,
         }  # fmt: skip
         where = "resident" if self.resident else f"streamed by {self.cluster}"
         name = f"quantised_linear_sm90 {self.form} {self.tokens} tokens {where}{' float32' if self.parts == 3 else ''}"
@@ -144,31 +141,6 @@ class Streamed:
         return _STAGE_PIECES[self.form] * tiles.piece_bytes(FORMATS[self.form])
 
 
-@dataclass(frozen=True)
-class Clustered:
-    """kernels/quantised_cluster_sm90.cu: rows of x at a time, slices of K: as many CTAs of a cluster."""
-
-    form: str
-    tokens: int
-    slices: int = MOST_SLICES
-
-    @property
-    def kernel(self) -> Kernel:
-        """Its entry in the table of kernels. Shared memory is given by the plan: as much as the device has."""
-        defines = {
-            "FORMAT": _NUMBERS[self.form], "TOKENS": self.tokens, "PARTS": 1, "CLUSTER": self.slices,
-            "STAGE_PIECES": _CLUSTER_STAGE_PIECES[self.form],
-        }  # fmt: skip
-        source = "quantised_cluster_sm90"
-        name = f"{source} {self.form} {self.tokens} tokens {self.slices} slices"
-        return Kernel(name, f"{source}.cu", source, tuple(defines.items()), 32 * _CLUSTER_WARPS, capability=90, last=90)
-
-    @property
-    def units(self) -> int:
-        """Of a block of 64 columns, those that a CTA adds."""
-        return ceil_div(4 * (self.tokens // 8), self.slices)
-
-
 _MANY_TOKENS: Final = {1: 64, 3: 32}
 """By parts: what registers allow."""
 
@@ -177,19 +149,14 @@ ANYWHERE: Final = tuple(
 )
 STREAMED: Final = tuple(
     [Streamed(form, 8, parts, True) for form in FORMATS for parts in (1, 3)]
-    + [Streamed(form, 16, 1, resident) for form in FORMATS for resident in (True, False)]
+    + [Streamed(form, 16, 1, False) for form in FORMATS]
     + [Streamed(form, 32, 1, False, cluster) for form in FORMATS for cluster in (1, 2)]
     + [Streamed(form, 32, 3, False, 2) for form in ("Q4_0", "Q8_0")]
 )
-CLUSTERED: Final = tuple(
-    [Clustered(form, tokens) for form in FORMATS for tokens in (16, 32, 64)]
-    + [Clustered(form, 8) for form in ("Q4_0", "Q8_0")]
-    + [Clustered(form, tokens, 4) for form in ("Q4_K", "Q6_K") for tokens in (16, 32, 64)]
-)
-"""What ``choose`` picks from, beside ``ANYWHERE``."""
+"""What ``choose`` picks from, beside ``ANYWHERE`` and ``_linear_quantised_wgmma.WGMMA``."""
 
 
-Configuration = Anywhere | Streamed | Clustered
+Configuration = Anywhere | Streamed | Warpgroups
 
 
 @dataclass(frozen=True)
@@ -206,23 +173,21 @@ def choose(product: Product, machine: Machine) -> Configuration:
     form = product.form.name
     if machine.capability >= _FIRST_WITH_COPIES:
         for candidate in _candidates(product, machine):
-            if candidate in (*STREAMED, *CLUSTERED) and plan(product, candidate, machine) is not None:
+            if candidate in (*STREAMED, *WGMMA) and plan(product, candidate, machine) is not None:
                 return candidate
     return Anywhere(form, 8 if product.m <= 8 else _MANY_TOKENS[product.parts], product.parts)
 
 
-def _candidates(product: Product, machine: Machine) -> list[Streamed | Clustered]:
+def _candidates(product: Product, machine: Machine) -> list[Streamed | Warpgroups]:
     form, parts = product.form.name, product.parts
     if product.m <= 8:
         return [Streamed(form, 8, parts, True)]
     cluster = 2 if machine.capability <= _LAST_WITH_MULTICAST else 1
-    few = [Streamed(form, 16, parts, True), Streamed(form, 16, parts, False)] if product.m <= 16 else []
-    tokens = next((tokens for tokens in (16, 32) if product.m <= tokens), 64)
-    # measured on an H200: the clusters' exchange costs more than Q4_0's decoding saves
-    clustered = [Clustered(form, tokens, product.slices)] if form == "Q8_0" else []
+    # measured on an H200: up to 16 rows are faster so than by warpgroups
+    few = [Streamed(form, 16, parts, False)] if product.m <= 16 else []
     return [
-        *clustered,
         *few,
+        *candidates(product, machine),
         Streamed(form, 32, parts, False, cluster),
         Streamed(form, 32, parts, False),
     ]
@@ -230,8 +195,8 @@ def _candidates(product: Product, machine: Machine) -> list[Streamed | Clustered
 
 def plan(product: Product, configuration: Configuration, machine: Machine) -> Launch | None:
     """The launch of a configuration, or None where it cannot do it. Its arguments are x as the product reads it, weight, out."""
-    if isinstance(configuration, Clustered):
-        return plan_clustered(product, configuration, machine)
+    if isinstance(configuration, Warpgroups):
+        return plan_wgmma(product, configuration, machine)
     if isinstance(configuration, Streamed):
         return plan_streamed(product, configuration, machine)
     return plan_anywhere(product, configuration)
@@ -323,40 +288,3 @@ def _lay_out(p: Product, c: Streamed, machine: Machine, grid: int, groups: int, 
     x_at = ceil_div(_BARRIER_BYTES + warps * depth * c.stage_bytes, 1024) * 1024
     sums_at = ceil_div(x_at + x_bytes, 1024) * 1024
     return Deal(grid, groups, rounds, depth, x_depth, x_at, sums_at, sums_at + sums)
-
-
-def plan_clustered(product: Product, configuration: Clustered, machine: Machine) -> Launch | None:
-    """The launch of quantised_cluster_sm90, or None where it is for other products or its shared memory does not do."""
-    c, p = configuration, product
-    if machine.capability != _FIRST_WITH_COPIES or p.parts > 1 or p.slices != c.slices or c.slices < 2:
-        return None
-    blocks = ceil_div(p.n, _CLUSTER_COLUMNS)
-    clusters = min(blocks, max(machine.multiprocessors // c.slices // ceil_div(p.m, c.tokens), 1))
-    x_bytes = p.slice_pieces * tiles.piece_columns(p.form) * 2 * c.tokens
-    stages = _CLUSTER_STAGE_PIECES[c.form]
-    stage_bytes = stages * tiles.piece_bytes(p.form) * _CLUSTER_WARPS
-    groups, most = _CLUSTER_WARPS // 4, ceil_div(blocks, clusters)
-    room = _ROOM if c.tokens < 64 else 0  # there are no registers left then
-    for batch in (most, *range(most // groups * groups, 0, -groups)):
-        sums = batch * c.units * c.slices * _PART_BYTES
-        left = machine.shared_memory - room - _BARRIER_BYTES - x_bytes - sums - 1024
-        depth = min(
-            left // stage_bytes, max(2, _IN_FLIGHT // stage_bytes), ceil_div(p.slice_pieces, stages) * ceil_div(most, groups)
-        )
-        if depth >= 2 or (depth == 1 and p.slice_pieces <= stages):
-            break
-    else:
-        return None
-    x_at = ceil_div(_BARRIER_BYTES + depth * stage_bytes, 1024) * 1024
-    programmatic = p.programmatic and p.direct
-    numbers = (
-        p.m, p.n, p.pieces, p.slice_pieces, blocks, batch, depth, _BARRIER_BYTES, x_at, x_at + x_bytes, p.out_float32, p.pairs,
-        programmatic, 0,
-    )  # fmt: skip
-    shape, strides = (64, p.m, p.padded // 64), (p.row_stride * 2, 128)
-
-    def arguments(x: int, weight: int, out: int) -> bytes:
-        return _CLUSTERED.pack(*numbers, weight, out) + _driver.tensor_map(x, shape, strides, (64, c.tokens, 1))
-
-    grid = (clusters * c.slices, ceil_div(p.m, c.tokens), 1)
-    return Launch(c.kernel, grid, arguments, None, x_at + x_bytes + sums, c.slices, programmatic=programmatic)

@@ -1,5 +1,6 @@
 // Quantised weights as fragments of the tensor core: tiles of 16 rows in the order of cufuse/quantised/tiles.py. To be included
-// after mma.cuh or pipeline.cuh. FORMAT: 0 Q4_0, 1 Q8_0, 2 Q4_K, 3 Q6_K; PARTS: bfloat16 parts of an activation.
+// after mma.cuh or pipeline.cuh. FORMAT: 0 Q4_0, 1 Q8_0, 2 Q4_K, 3 Q6_K; PARTS: bfloat16 parts of an activation;
+// TOKENS: 1, or a multiple of 8.
 //
 // Order, for an accumulator acc of one output: per group of k that shares a scale (32; Q6_K: 16), upward:
 //     c = +0;  for each sixteen of the group, for each part: c += x * integer by one mma.m16n8k16;  acc = fma(scale, c, acc)
@@ -16,7 +17,7 @@ constexpr u32 CODE_BYTES = FORMAT == 1 ? 1024 : FORMAT == 3 ? 768 : 512;
 constexpr u32 CHUNK_BYTES = CODE_BYTES + 64;
 constexpr u32 PIECE_BYTES = CHUNK_BYTES * CHUNKS + (FORMAT == 2 ? 64 : FORMAT == 3 ? 32 : 0);
 constexpr int GROUP_STEPS = FORMAT == 3 ? 1 : 2;  // sixteens that share a scale
-constexpr int TOKEN_STEPS = TOKENS / 8;
+constexpr int TOKEN_STEPS = (TOKENS + 7) / 8;
 
 struct alignas(16) Words4 { u32 w[4]; };
 struct alignas(8) Words2 { u32 w[2]; };
@@ -160,7 +161,7 @@ static __device__ __forceinline__ void multiply_chunk(Accumulators& acc, const C
                 if (FORMAT == 2) multiply_accumulate(s, ones, given.b[i][0], given.b[i][1]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 4; i += TOKENS == 1 ? 2 : 1) {
                 acc[j][i] = __fmaf_rn(scales[i / 2], c[i], acc[j][i]);
                 if (FORMAT == 2) acc[j][i] = __fmaf_rn(minima[i / 2], s[i], acc[j][i]);
             }

@@ -5,8 +5,7 @@
 // A CTA has `groups` times `slices` warps; a group makes 16 columns of the output at a time, for TOKENS rows of x from
 // blockIdx.y * TOKENS on. A warp's share of a tile is contiguous in memory (cufuse/quantised/tiles.py); it comes by bulk copies
 // into a ring of the warp's own, `depth` stages of STAGE_PIECES pieces, which the warp refills itself as soon as it has read one.
-//   RESIDENT 1: x lies in shared memory as a whole, rows 16 bytes longer than their values. NORM 1: it is one row, which each CTA
-//               normalises for itself (quantised_norm.cuh); x is unused then.
+//   RESIDENT 1: x lies in shared memory as a whole, rows 16 bytes longer than their values.
 //   RESIDENT 0: one more warp brings x into a ring of x_depth stages for all warps: 64 k of every slice, as boxes of TOKENS lines of
 //               128 bytes, swizzled; the CTAs of a cluster (CLUSTER of them) fetch boxes in turn and send them to all.
 //
@@ -16,9 +15,6 @@
 #include "pipeline.cuh"
 #include "quantised.cuh"
 #include "quantised_stream.cuh"
-#if NORM
-#include "quantised_norm.cuh"
-#endif
 
 constexpr u32 X_LINE_BYTES = TOKENS * 128;           // 64 values of every token
 constexpr u32 X_SLICE_BYTES = PARTS * X_LINE_BYTES;  // of a stage
@@ -39,9 +35,6 @@ struct Arguments {
     void* out;
     long long x_stride;           // in elements
     TensorMap x_map;
-#if NORM
-    NormArguments norm;
-#endif
 };
 
 // x of all rounds into its ring, by one thread: 64 k of each slice a stage.
@@ -122,18 +115,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS + REGISTERS_LEFT, 1) qu
     };
 
     let_next_kernel_begin();
-#if NORM
-    // the few loads of the row go ahead of most of the long queue of weights
-    stream.begin_barriers(a.depth, lane);
-    stream.fill(a, 0, a.norm.early_stages, warps, lane);
-    wait_for_previous_kernel();
-    Row row;
-    if (warp < 8) row.read(a.norm);
-    __syncthreads();
-    stream.fill(a, a.norm.early_stages, a.depth, warps, lane);
-    if (warp < 8) row.normalise(a.norm, memory, (u16*)(memory + a.x_at));
-    __syncthreads();
-#else
     // x first, unless the kernel before this one still has to write it
     if (warp < warps) {
         if (RESIDENT && warp == 0) {
@@ -161,7 +142,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS + REGISTERS_LEFT, 1) qu
         __syncthreads();
     wait_for_previous_kernel();
     if (RESIDENT && warp == 0 && a.programmatic) copy_resident_x();
-#endif
 
     if (warp >= warps) {
         if (!RESIDENT && lane == 0) stream_x(a, shared + a.x_at, x_full, x_empty);
@@ -173,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS + REGISTERS_LEFT, 1) qu
         const u32 own_line = shared + a.x_at + (RESIDENT ? min(line, (u32)tokens - 1) * (row_bytes + 16) : line * 128);
         const unsigned char* ring = memory + a.rings_at + warp * a.depth * STAGE_BYTES;
         Place place = {0, 0}, x_place = {0, 0};
-        if (RESIDENT && !NORM) barrier_wait(x_full, 0);
+        if (RESIDENT) barrier_wait(x_full, 0);
         for (int round = 0; round < a.rounds; ++round) {
             const int tile = first_tile + round * tile_step;
             Accumulators acc = {};

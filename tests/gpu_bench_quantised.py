@@ -14,6 +14,7 @@ from typing import Any
 import cufuse
 from cufuse import _gpu_linear, _gpu_quantised, bench, launch
 from cufuse import _linear_quantised as planning
+from cufuse._linear_quantised_wgmma import WGMMA
 from cufuse.bench_inputs import Layer
 from cufuse.bench_quantised import Formats
 from cufuse.bench_timing import Clock, Run, in_turn
@@ -26,7 +27,7 @@ TURNS = 5
 
 def configurations(form: str, m: int) -> list[Any]:
     """Every one for the format that may take so many rows of bfloat16."""
-    both: tuple[Any, ...] = (*planning.STREAMED, *planning.CLUSTERED, *planning.ANYWHERE)
+    both: tuple[Any, ...] = (*planning.STREAMED, *WGMMA, *planning.ANYWHERE)
     return [
         c for c in both if c.form == form and getattr(c, "parts", 1) == 1 and (m <= c.tokens or not getattr(c, "resident", False))
     ]

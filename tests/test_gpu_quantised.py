@@ -8,6 +8,7 @@ import pytest
 
 import cufuse
 from cufuse import _gpu_quantised, _linear_quantised, compiler, launch, quantised
+from cufuse._linear_quantised_wgmma import WGMMA
 from cufuse.bf16 import bfloat16
 from cufuse.quantised import FORMATS, QuantisedWeight, projection, quantised_linear, tiles
 from cufuse.recipe import Gemm
@@ -139,20 +140,18 @@ def test_every_configuration(configuration: Any) -> None:
     assert compared >= 4
 
 
-@pytest.mark.parametrize("configuration", _linear_quantised.CLUSTERED, ids=str)
-def test_every_cluster(configuration: Any) -> None:
-    """Rows that fill no tile, columns that fill no block, slices of unequal length, one exchange and several."""
+@pytest.mark.parametrize("configuration", WGMMA, ids=str)
+def test_every_configuration_of_warpgroups(configuration: Any) -> None:
+    """Rows that fill no tile, columns that fill no block or cluster, slices of unequal length, fewer than there are shares."""
     if not configuration.kernel.runs_on(launch.capability(0)):
         pytest.skip("not for this GPU")
-    piece, large = tiles.piece_columns(FORMATS[configuration.form]), configuration.form == "Q6_K" and configuration.tokens == 64
-    # shared memory does not hold longer slices of the largest
-    for m, n, pieces in ((configuration.tokens, 333, 1), (configuration.tokens + 5, 7003, 1 if large else 2), (3, 20003, 1)):
-        k = piece * (pieces * configuration.slices - (pieces > 1))
-        weight, x = random_weight(configuration.form, n, k, m), bell(m, k, n)
+    piece, tokens = tiles.piece_columns(FORMATS[configuration.form]), configuration.tokens
+    for m, n, pieces, slices in ((tokens, 333, 8, 8), (tokens + 5, 7003, 15, 8), (3, 20003, 9, 3), (1, 40, 1, 1)):
+        weight, x = random_weight(configuration.form, n, piece * pieces, m), bell(m, piece * pieces, n)
         out = cupy().empty((m, n), np.float32)
         out.view(np.uint32)[...] = 0x7FC0DEAD
-        _gpu_quantised.multiply(to_gpu(x), on_gpu(weight), out, configuration.slices, configuration=configuration)
-        demand_same("quantised_linear", out, projection.project(x, weight, SCALED, configuration.slices), f"{m}x{n}x{k}")
+        _gpu_quantised.multiply(to_gpu(x), on_gpu(weight), out, slices, configuration=configuration)
+        demand_same("quantised_linear", out, projection.project(x, weight, SCALED, slices), f"{m}x{n}x{piece * pieces} / {slices}")
 
 
 def test_unaligned_rows_and_guarded_outputs() -> None:

@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_qkv_chain, _gpu_qkv_steps, _gpu_quantised, _gpu_quantised_qkv, quantised
+from cufuse import (
+    _gpu_qkv_chain,
+    _gpu_qkv_steps,
+    _gpu_quantised,
+    _gpu_quantised_qkv,
+    compiler,
+    launch,
+    quantised,
+)
 from cufuse.bf16 import bfloat16
 from cufuse.quantised import QuantisedWeight
 from tests import host_gpu, linear_on_host
 from tests.host_gpu import Array, HostGpu
+from tests.linear_on_host import demand_noticed
 from tests.quantised_weights import random_weight
 from tests.test_block_on_host import HEADS, KV_HEADS, block, demand_block, on_gpu
 from tests.test_device_path import RECIPES
 from tests.test_quantised_host import on_device
-from tests.witnesses import demand_bits
+from tests.witnesses import demand_bits, same_bits
 
 pytestmark = pytest.mark.skipif(linear_on_host.COMPILER is None, reason="g++ is needed to run a kernel's text on the host")
 
@@ -77,6 +86,78 @@ def test_one_row_is_normalised_by_the_projection(gpu: HostGpu, monkeypatch: pyte
     for static in (False, True):
         demand_block(given | {"qkv_weight": packed, "static_weights": static}, "a residual", bring)
     demand_block(given | {"qkv_weight": packed, "residual": None}, "no residual", bring)
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "hidden"), [("Q4_0", 8, 1024), ("Q8_0", 3, 512), ("Q4_K", 2, 1280), ("Q6_K", 7, 512), ("Q4_0", 13, 1024)]
+)
+def test_few_rows_are_normalised_by_the_projection(
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, form: str, tokens: int, hidden: int
+) -> None:
+    """Each thread one of the sum's; warps that only normalise, and warps that only multiply."""
+    monkeypatch.setattr(_gpu_qkv_chain.Chain, "_norm", lambda *arguments: pytest.fail("a kernel for the norm alone"))
+    given = block(RECIPES["block-scaled"], tokens=(tokens,), dimensions=D, hidden=hidden) | {"k_slices": None}
+    packed = quantised.concatenate(weights(form, form, form, hidden=hidden))
+    for static, changed in ((False, {}), (True, {"residual": None})):
+        demand_block(given | {"qkv_weight": packed, "static_weights": static} | changed, f"static weights {static}", bring)
+
+
+@pytest.mark.parametrize(("form", "multiprocessors"), [("Q4_0", 4), ("Q8_0", 32), ("Q6_K", 4)])
+def test_heads_are_finished_by_the_projection(
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, form: str, multiprocessors: int
+) -> None:
+    """By clusters, which send their parts to one of their CTAs."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(_gpu_qkv_chain.Chain, "_heads", lambda *arguments: pytest.fail("a kernel for the heads"))
+    given = block(RECIPES["block-scaled"], tokens=(1,), dimensions=D, hidden=1024) | {"k_slices": None}
+    packed = quantised.concatenate(weights(form, form, form, hidden=1024))
+    for static, changed in ((False, {}), (True, {"residual": None})):
+        demand_block(given | {"qkv_weight": packed, "static_weights": static} | changed, f"static weights {static}", bring)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_rings_are_filled_at_a_pace(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """By the warps that do not normalise; a stage of each ring until x has come."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 22)
+    gpu.tensor_cores.launched.clear()
+    given = block(RECIPES["block-scaled"], tokens=(tokens,), dimensions=D, hidden=1024) | {"k_slices": None}
+    packed = quantised.concatenate(weights("Q8_0", "Q8_0", "Q8_0", hidden=1024))
+    for static in (False, True):
+        gpu.tensor_cores.seed = 1 + static
+        demand_block(given | {"qkv_weight": packed, "static_weights": static}, f"static weights {static}", bring)
+    assert all(dict(kernel.defines)["PACED"] == 1 for kernel in gpu.tensor_cores.launched)
+
+
+FAULTS = {
+    "weights not waited for": (1, "barrier_wait(share.barriers + place.slot * 8, place.parity);", ";"),
+    "a stage overwritten": (1, "share.copy_stage(place.slot, sends)", "share.copy_stage((place.slot + 1) % DEPTH, sends)"),
+    "the row not waited for": (1, "    __syncthreads();\n#if CLUSTER", "#if CLUSTER"),
+    "slices not waited for": (1, "sync_threads(barrier, SLICES * 32)", "(void)barrier"),
+    "the norm's weight not waited for": (8, "barrier_wait(there, 0)", "(void)there"),
+    "sums of others' rows": (8, "scratch + own * ROW_THREADS", "scratch"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    tokens, right, wrong = FAULTS[fault]
+    packed = quantised.concatenate(weights("Q4_0", "Q4_0", "Q4_0", hidden=1024))
+    given = block(RECIPES["block-scaled"], tokens=(tokens,), dimensions=D, hidden=1024)
+    given |= {"k_slices": None, "residual": None, "qkv_weight": packed}
+    expected = cufuse.rms_norm_qkv(**given)
+
+    def same(seed: int) -> bool:
+        monkeypatch.setattr(_gpu_quantised_qkv, "_calls", {})
+        gpu.tensor_cores.seed = seed
+        found = cufuse.rms_norm_qkv(**{name: bring(value) for name, value in given.items()})
+        return all(same_bits(one.host, other) for one, other in zip(found, expected, strict=True) if other is not None)
+
+    def whole(source: str) -> str:
+        header = (compiler.source_folder() / "few_rows.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+        return source.replace('#include "few_rows.cuh"', header)
+
+    monkeypatch.setattr(gpu.tensor_cores, "change", gpu.tensor_cores.change)
+    demand_noticed(gpu.tensor_cores, right, wrong, same, whole)
 
 
 def test_one_by_one(gpu: HostGpu) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cufuse import _gpu_quantised, quantised
-from cufuse._linear_quantised import Clustered, Streamed
+from cufuse._linear_quantised import Streamed
+from cufuse._linear_quantised_wgmma import Warpgroups
 from cufuse.bf16 import bfloat16
 from cufuse.emulation.tensor_core import NAN_BITS
 from cufuse.quantised import FORMATS, QuantisedWeight
@@ -87,7 +88,8 @@ def run(gpu: HostGpu, case: Case, seed: int = 1) -> tuple[np.ndarray, np.ndarray
         _gpu_quantised.linear(Array(x), on_device(weight), gemm, case.k_slices, Array(out))
     else:
         _gpu_quantised.multiply(Array(x), on_device(weight), Array(out), case.k_slices, **options)
-    expected = "quantised_linear_sm90.cu" if case.capability >= 90 else "quantised_linear.cu"
+    many = "quantised_wgmma_sm90.cu" if case.m > 16 else "quantised_linear_sm90.cu"
+    expected = many if case.capability >= 90 else "quantised_linear.cu"
     if case.configuration is not None:
         expected = case.configuration.kernel.source
     assert expected in {kernel.source for kernel in gpu.launched}
@@ -100,7 +102,7 @@ STREAMED = [
     Case("Q4_0", 1, 700, 640, multiprocessors=3, pad=8, out_dtype=bfloat16),  # several rounds, slices of unequal length
     Case("Q8_0", 8, 33, 96, k_slices=3, pad=3, offset=2),
     Case("Q4_0", 8, 130, 1024, configuration=Streamed("Q4_0", 8, 1, True), programmatic=True, k_slices=5),
-    Case("Q4_0", 13, 50, 512, configuration=Streamed("Q4_0", 16, 1, True)),
+    Case("Q4_0", 13, 50, 512, configuration=Streamed("Q4_0", 16, 1, False)),
     Case("Q6_K", 16, 50, 1024, configuration=Streamed("Q6_K", 16, 1, False)),
     Case("Q4_0", 33, 300, 640, configuration=Streamed("Q4_0", 32, 1, False, 2), out_dtype=bfloat16),
     Case("Q4_K", 20, 70, 512, configuration=Streamed("Q4_K", 32, 1, False), k_slices=1),
@@ -108,16 +110,24 @@ STREAMED = [
     Case("Q4_0", 2, 800, 1024, k_slices=1, multiprocessors=1),  # rings come round
     Case("Q6_K", 1, 600, 512, k_slices=1, multiprocessors=1),
 ]
-CLUSTERED = [
-    Case("Q4_0", 13, 100, 960, configuration=Clustered("Q4_0", 16), multiprocessors=8, programmatic=True),
-    Case("Q4_0", 33, 700, 960, configuration=Clustered("Q4_0", 64), multiprocessors=16, out_dtype=bfloat16),  # two clusters
-    Case("Q4_0", 70, 333, 960, configuration=Clustered("Q4_0", 64), multiprocessors=8, out_dtype=bfloat16, pad=8),
-    Case("Q4_0", 64, 1030, 4096, configuration=Clustered("Q4_0", 64), multiprocessors=8),  # several exchanges
-    Case("Q8_0", 20, 300, 512, configuration=Clustered("Q8_0", 32), multiprocessors=8),
-    Case("Q8_0", 64, 100, 1024, configuration=Clustered("Q8_0", 64), multiprocessors=8),
-    Case("Q4_K", 16, 100, 2048, configuration=Clustered("Q4_K", 16), multiprocessors=8, out_dtype=bfloat16),
-    Case("Q6_K", 64, 100, 2048, configuration=Clustered("Q6_K", 64), multiprocessors=8),
-    Case("Q8_0", 9, 70, 512, x_dtype=bfloat16, pad=3, offset=2, configuration=Clustered("Q8_0", 16), multiprocessors=8),
+WGMMA = [
+    Case("Q4_0", 9, 100, 960, configuration=Warpgroups("Q4_0", 32, 4, 1), programmatic=True),
+    Case("Q8_0", 16, 150, 512, k_slices=3, configuration=Warpgroups("Q8_0", 32, 2, 2), out_dtype=bfloat16),
+    Case("Q4_0", 33, 200, 960, configuration=Warpgroups("Q4_0", 32, 4, 1), out_dtype=bfloat16, pad=8),
+    Case("Q8_0", 32, 270, 1280, k_slices=5, configuration=Warpgroups("Q8_0", 32, 2, 2)),
+    Case("Q4_0", 64, 70, 2048, configuration=Warpgroups("Q4_0", 64, 4, 1)),  # rings come round
+    Case("Q4_0", 65, 100, 576, configuration=Warpgroups("Q4_0", 64, 4, 1, 2), out_dtype=bfloat16),
+    Case("Q8_0", 100, 130, 320, configuration=Warpgroups("Q8_0", 64, 2, 2)),
+    Case("Q4_0", 64, 300, 640, configuration=Warpgroups("Q4_0", 64, 2, 2, 2), out_dtype=bfloat16),
+    Case("Q8_0", 17, 70, 512, x_dtype=bfloat16, pad=3, offset=2, configuration=Warpgroups("Q8_0", 64, 4, 1)),
+    Case("Q4_K", 16, 100, 2048, configuration=Warpgroups("Q4_K", 32, 4, 1), out_dtype=bfloat16),
+    Case("Q4_K", 40, 200, 768, configuration=Warpgroups("Q4_K", 64, 2, 2, 2), k_slices=2),
+    Case("Q4_0", 64, 64, 512, configuration=Warpgroups("Q4_0", 64, 4, 1)),
+    Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 4, 1, 4)),
+    Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 32, 4, 1, 2)),
+    Case("Q4_0", 69, 130, 960, configuration=Warpgroups("Q4_0", 64, 2, 2)),  # the last stages are shorter than x's ring
+    Case("Q4_0", 33, 70, 1088),
+    Case("Q8_0", 20, 70, 1088),
 ]
 CASES = [
     *(Case(form, 3, 40, 1024, capability=80) for form in FORMATS),
@@ -129,7 +139,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + STREAMED + CLUSTERED, ids=str)
+@pytest.mark.parametrize("case", CASES + STREAMED + WGMMA, ids=str)
 def test_bits_of_the_emulation(gpu: HostGpu, case: Case) -> None:
     demand_bits(*run(gpu, case))
 
@@ -198,9 +208,15 @@ FAULTS = {
     "weights not waited for": (STREAMED[0], "barrier_wait(stream.barriers + place.slot * 8, place.parity);", ";"),
     "a stage overwritten": (STREAMED[16], "stream.copy_stage(a, place.slot, lane)", "stream.copy_stage(a, !place.slot, lane)"),
     "x not waited for": (STREAMED[13], "barrier_wait(x_full + x_place.slot * 8, x_place.parity);", ""),
-    "units not waited for": (CLUSTERED[0], "        sync_cluster();\n        for (int unit", "        for (int unit"),
-    "another order of units": (CLUSTERED[0], "other = 1; other < CLUSTER; ++other", "other = CLUSTER - 1; other > 0; --other"),
-    "products not waited for": (CLUSTERED[1], "wait_for_products<0>();", ""),
+    "a share's sums not waited for": (WGMMA[0], "barrier_wait(shared + SUM_FULL + from * 8, round & 1);", ""),
+    "last sums not waited for": (WGMMA[0], "sync_threads(2, WARPS * 32);", ""),
+    "another order of the last": (WGMMA[0], "kept[other * SHARE_UNITS]", "kept[(4 - other) * SHARE_UNITS]"),
+    "another order of shares": (WGMMA[0], "add_kept(acc, sums + other * SHARE", "add_kept(acc, sums + (4 - other) * SHARE"),
+    "products not waited for": (WGMMA[3], "wait_for_products<0>();", ""),
+    "x of a share not waited for": (WGMMA[2], "barrier_wait(x_full, x_parity);", ""),
+    "x of a share overwritten": (WGMMA[4], "barrier_wait(shared + X_EMPTY + slot * 8, x_place.parity);", ""),
+    "weights of a share not waited for": (WGMMA[4], "if (exists) barrier_wait(", "if (false) barrier_wait("),
+    "weights brought too early": (WGMMA[4], "if (++read <= 0) continue;", "if (++read <= -1) continue;"),
     "a full ring refilled": (STREAMED[13], "barrier_wait(empty + place.slot * 8, place.parity);", ""),
 }
 
