@@ -40,7 +40,7 @@ def linear(
     k_slices: int = 1,
     *,
     configuration: Configuration | None = None,
-    programmatic: bool = False,
+    weights_ready: bool = False,
 ) -> Any:
     """out[m, n] = sum over k of x[m, k] weight[n, k], for checked CuPy arrays of one device; returns out.
 
@@ -48,8 +48,8 @@ def linear(
     weight : [N, K], bfloat16, the same. out : [M, N], bfloat16 or float32, contiguous, sharing no memory with the inputs.
     k_slices : slices of K.
     configuration : which kernel, for measurements; None chooses. ValueError where it cannot take the product.
-    programmatic : the launch may begin before the one in front of it in the stream has ended. Only where weight has been
-        written before that one was launched; kernels that cannot do it ignore it.
+    weights_ready : weight may be read before the kernel in front of this one in the stream has ended: only where it has been
+        written before that one was launched. Kernels that cannot do it ignore it.
     """
     memory, weights, results = x.data, weight.data, out.data
     pointers = (memory.ptr, weights.ptr, results.ptr)
@@ -59,14 +59,14 @@ def linear(
     alignment = alignment_of(pointers)
     key = (
         x.shape, x.strides, x.itemsize, weight.shape, weight.strides, out.itemsize, alignment, k_slices, device,
-        configuration, programmatic,
+        configuration, weights_ready,
     )  # fmt: skip
     with launch.on_device(device):
         plan = _plans.get(key)
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            problem = describe(x, weight, out, alignment, k_slices, device, programmatic=programmatic)
+            problem = describe(x, weight, out, alignment, k_slices, device, weights_ready=weights_ready)
             plan = _plans[key] = Plan(problem, device, configuration)
         workspace = launch.workspace(device, plan.workspace_bytes) if plan.workspace_bytes else 0
         launch.one_by_one(plan.launches(*pointers, workspace))
@@ -82,7 +82,7 @@ def alignment_of(pointers: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def describe(
-    x: Any, weight: Any, out: Any, alignment: tuple[int, int, int], k_slices: int, device: int, *, programmatic: bool
+    x: Any, weight: Any, out: Any, alignment: tuple[int, int, int], k_slices: int, device: int, *, weights_ready: bool
 ) -> Problem:
     """The product of arrays as ``linear`` takes them, or of their layouts."""
     (m, k), n = x.shape, weight.shape[0]
@@ -104,7 +104,8 @@ def describe(
         capability=capability,
         multiprocessors=launch.multiprocessors(device),
         shared_memory=compiler.shared_memory_limit(capability),
-        programmatic=programmatic,
+        programmatic=capability >= 90,
+        weights_ready=weights_ready,
     )  # fmt: skip
 
 

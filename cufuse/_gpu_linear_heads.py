@@ -26,6 +26,8 @@ _WEIGHT_BYTES: Final = 2 * 2 * _HEAD
 _LEAST_DEPTH, _MOST_DEPTH = 3, 32
 _GROUP_ROWS: Final = 16
 """As in linear_sm90: tiles one above the other that run together."""
+_UNITS: Final = (1, 2)
+"""NORM_UNITS and HALF_STEPS where K is long enough and tiles have two heads."""
 _LEAST_EPS: Final = 2.0**-80
 """Below it a sum of squares of tiny elements may show whether they were rounded (head_fragment.cuh)."""
 _LEAST_ROWS: Final = 65
@@ -58,8 +60,7 @@ class Plan:
         _require(block, ends, p, eps, alignment)
         strides = _token_strides(block)
         width = _choose(p, ends.rope is not None) if tile_n is None else tile_n
-        if p.k <= _LINE * (steps(width) - 1):
-            raise Unsuited("fewer stages of K than parts of a tile's heads")
+        units = _units(p.k, width)
         stage = _LINE * 2 * (_TILE_M + width)
         depth = min((p.shared_memory - _BUFFER_BYTES - _WEIGHT_BYTES - 16 * _MOST_DEPTH) // stage, _MOST_DEPTH)
         if depth < _LEAST_DEPTH:
@@ -69,13 +70,13 @@ class Plan:
         barriers_at = weights_at + _WEIGHT_BYTES
         tiles_m, tiles_n = ceil_div(tokens, _TILE_M), ceil_div(p.n, width)
         grid = min(tiles_m * tiles_n, p.multiprocessors)
-        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width)
+        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width, units)
         smem = barriers_at + 16 * depth
         self.tile_n = width
         self.prepared = launch.prepare(kernel, device, grid, threads=_THREADS, smem=smem, programmatic=p.programmatic)
         operands = [float(mean_operand(ends.norm, tokens * count, _HEAD)) if ends.norm else 0.0 for count in (heads, kv_heads)]
         numbers = (
-            ceil_div(p.k, _LINE), tiles_m, tiles_n, _GROUP_ROWS * 128 // _TILE_M, depth, p.programmatic, heads, kv_heads, *operands,
+            ceil_div(p.k, _LINE), tiles_m, tiles_n, _GROUP_ROWS, depth, p.weights_ready, heads, kv_heads, *operands,
             float(np.float32(eps)), buffers_at, weights_at, barriers_at,
         )  # fmt: skip
         views = [
@@ -101,9 +102,13 @@ class Plan:
         return [(self.prepared, self._pack(pointers))]
 
 
-def steps(tile_n: int) -> int:
-    """Parts in which a tile's heads are finished (STEPS): a stage of the next tile for each."""
-    return 2 * (tile_n // _HEAD) + 2
+def _units(k: int, tile_n: int) -> tuple[int, int]:
+    """NORM_UNITS and HALF_STEPS: the smallest parts for which a tile has stages enough."""
+    stages, heads = ceil_div(k, _LINE), tile_n // _HEAD
+    for norm, half_steps in ((_UNITS[0], min(_UNITS[1], 2 * heads)), (2, 1)):
+        if 4 * heads // norm + 2 * half_steps <= stages:
+            return norm, half_steps
+    raise Unsuited("fewer stages of K than parts of a tile's heads")
 
 
 def _require(block: Block, ends: Ends, p: Problem, eps: float, alignment: int) -> None:
@@ -182,12 +187,14 @@ def _sums(norm: Norm | None, tokens: int, heads: int, kv_heads: int) -> dict[str
     return sums
 
 
-def _kernel(ends: Ends, sums: dict[str, int], tile_n: int) -> Kernel:
+def _kernel(ends: Ends, sums: dict[str, int], tile_n: int, units: tuple[int, int]) -> Kernel:
     norm = ends.norm
     defines: dict[str, int | str] = {"TILE_N": tile_n, "HEAD_NORM": int(norm is not None), "ROTATE": int(ends.rope is not None)}
+    defines |= {"NORM_UNITS": units[0], "HALF_STEPS": units[1]}
     defines |= {"COLUMNS": _HEAD, "GROUP": 32, **sums, **(_NO_NORM if norm is None else point_defines(norm))}
     words = ["no norm"] if norm is None else [norm.sum_order, *point_names(norm)]
     words += ["rotation"] if ends.rope is not None else []
+    words += ["short K"] if units[1] == 1 else []
     name = f"linear_heads_sm90 {_TILE_M}x{tile_n}, {', '.join(words)}"
     return Kernel(name, "linear_heads_sm90.cu", "linear_heads_sm90", tuple(defines.items()), _THREADS, capability=90, last=90)
 
@@ -195,13 +202,13 @@ def _kernel(ends: Ends, sums: dict[str, int], tile_n: int) -> Kernel:
 def _kernels() -> tuple[Kernel, ...]:
     """A choice for compile tests and tables: the recipes that it serves, with and without norm and rotation, and narrow tiles."""
     found: dict[str, Kernel] = {}
-    for recipe, norm, rotation, tile_n in (
-        *((name, True, True, 256) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
-        *(("torch", *parts, 256) for parts in ((True, False), (False, True), (False, False))),
-        ("torch", True, True, 128),
+    for recipe, norm, rotation, tile_n, k in (
+        *((name, True, True, 256, 4096) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
+        *(("torch", *parts, 256, 4096) for parts in ((True, False), (False, True), (False, False))),
+        *(("torch", True, True, *tile) for tile in ((128, 4096), (256, 512))),
     ):
         last = ends(RECIPES[recipe], norm, rotation)
-        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n)
+        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n, _units(k, tile_n))
         found.setdefault(kernel.name, kernel)
     return tuple(found.values())
 

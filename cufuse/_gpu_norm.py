@@ -21,6 +21,8 @@ _POINTERS: Final = struct.Struct("PPPPP")
 _NUMBERS: Final = struct.Struct("10qffii")
 _MOST_ROWS: Final = 2**31 - 1
 _MOST_PLANS: Final = 4096
+_THREADS: Final = 2048
+"""That a multiprocessor holds."""
 
 
 def rms_norm(x: Any, weight: Any, eps: float, norm: Norm, result: Any) -> Any:
@@ -46,7 +48,8 @@ class Plan:
     """All of a call that its shapes, strides, alignment and recipe decide.
 
     programmatic : the launch may begin before the kernel in front of it has ended, and waits for it before it reads anything.
-    next_begins_early : the kernel behind this one need not wait for that either: it may begin at once.
+    next_begins_early : the kernel behind this one need not wait for that either: it may begin as soon as all blocks have. Where
+        the multiprocessors do not hold all blocks, it waits nevertheless: its blocks would take the place of those to come.
     """
 
     __slots__ = ("_numbers", "_residual", "norm", "overlap", "prepared")
@@ -82,9 +85,10 @@ class Plan:
         chosen = configuration(norm, rows.rows, columns, chunk, types, residual_sum, launch.multiprocessors(device))
         _require_shared_memory(chosen.kernel, columns, device)
         self.prepared = launch.prepare(chosen.kernel, device, chosen.blocks, programmatic=programmatic)
+        resident = launch.multiprocessors(device) * (_THREADS // chosen.kernel.threads)
         self._numbers = _NUMBERS.pack(
             rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps),
-            next_begins_early, 0,
+            next_begins_early and resident >= chosen.blocks, 0,
         )  # fmt: skip
         self._residual = residual_sum is not None
         self.overlap = _layout.Overlap(outs, inputs)

@@ -9,7 +9,8 @@ import numpy as np
 
 from cufuse import _driver, launch
 from cufuse import _linear_tiles as tiles
-from cufuse._gpu_heads import Unsuited
+from cufuse._gpu_head_parts import HeadParts, cluster_size
+from cufuse._gpu_heads import Block, Unsuited, dense, ends
 from cufuse._linear_problem import Problem, ceil_div
 from cufuse._norm_kernels import RESIDUAL, mean_operand, order_defines, order_of, point_defines, point_names, scratch_floats
 from cufuse.compiler import Kernel
@@ -22,10 +23,15 @@ _THREADS: Final = _GROUP + 32
 _LINE: Final = 64
 _WIDTHS: Final = (16, 24, 32, 40, 48, 64, 80, 96, 128)
 _MOST_DEPTH: Final = 32
-_ARGUMENTS: Final = struct.Struct("7P3q2f12i56x")
+_ARGUMENTS: Final = struct.Struct("7P3q2f11i60x")
 _FIRST_BYTES: Final = 110 * 1024
 """Of the ring, asked for before the normalised rows are there, and no more than half a tile: about what memory delivers in the
 meantime (H200: more delays the rows, less leaves the memory idle). Half of it may be asked for while the kernel in front runs."""
+_STAGES: Final = ((256, 4), (128, 3))
+"""Values of k in a stage where so many stages fit; otherwise 64."""
+_SIXTEEN_STAGES: Final = _STAGES[1:]
+"""The same where 9 to 16 rows lie beside the ring (H200, 16 rows: 4.71 us against 4.83 at K = 1024, 11.25 against 11.45 at
+K = 2560)."""
 _RESIDENT_ROWS: Final = 16
 """Most rows that every CTA normalises for itself instead of sharing the work; 0: one at most."""
 _RESIDENT_RING: Final = 96 * 1024
@@ -44,6 +50,13 @@ _BY_POSITION: Final = 2
 _WHOLE_VECTORS: Final = (0, 1, _BY_POSITION)  # SUM_CHAINS of sums.cuh
 _ROOM: Final = 12 * 1024
 """Shared memory of a multiprocessor that is left to the small kernels of the chain."""
+_WITH_HEADS: Final = 64
+"""Most rows whose heads the same launch finishes. It does so where the CTAs of the next such launch fit beside its own: on an H200
+one launch then takes 4.8 us where two take 5.9 (K = 1024, N = 4096, 16 rows), but 18.2 against 16.5 where they do not (K = 4096,
+N = 6144)."""
+_HEADS_WIDTHS: Final = (64, 128)
+"""Widths of its tiles: halves of heads, for clusters of two. Of these 66 run at once on an H200, but of four 30 and of eight 15,
+less than a tile for each multiprocessor would need."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class _Memory:
     barriers_at: int
     row_at: int
     y_at: int
+    heads_at: int
     size: int
 
 
@@ -83,11 +97,21 @@ class Plan:
 
     __slots__ = ("_pack", "prepared")
 
-    def __init__(self, rows: Rows, problem: Problem, eps: float, device: int, *, weights_ready: bool) -> None:
+    def __init__(
+        self, rows: Rows, problem: Problem, eps: float, device: int, *, weights_ready: bool, heads: HeadParts | None = None
+    ) -> None:
+        """heads: finished in the same launch; None: the projection is written."""
         p, recipe = problem, rows.recipe
         _require(rows, p)
-        tile_n = _tile_width(p)
-        memory = _memory(rows, p, tile_n)
+        tile_n = _tile_width(p, _WIDTHS if heads is None else _HEADS_WIDTHS)
+        tile_count = ceil_div(p.n, tile_n)
+        grid = min(tile_count, p.multiprocessors)
+        cluster = 0
+        if heads is not None:
+            if not tile_count * tile_n == p.n == heads.columns or 2 * grid > p.multiprocessors or rows.count > _WITH_HEADS:
+                raise Unsuited("tiles that are not whole heads, or that leave no room for the next launch")
+            cluster = cluster_size(tile_count, tile_n)
+        memory = _memory(rows, p, tile_n, heads.smem(cluster, tile_n) if heads is not None else 0)
         resident, depth = memory.resident, memory.depth
         x_rows = ceil_div(rows.count, 8) * 8
         tile_bytes = rows.columns // _LINE * 128 * (tile_n + (0 if resident else x_rows))
@@ -97,10 +121,10 @@ class Plan:
         if resident > 1:
             ahead = min(depth, int(_AHEAD * resident * rows.columns * 2) // memory.stage)
             first = min(depth, max(1, early, ahead, _RESIDENT_FIRST // memory.stage))
-        tile_count = ceil_div(p.n, tile_n)
-        grid = min(tile_count, p.multiprocessors)
-        kernel = _kernel(rows, resident, tile_n, memory.tile_k)
-        self.prepared = launch.prepare(kernel, device, grid, threads=_THREADS, smem=memory.size, programmatic=True)
+        kernel = _kernel(rows, resident, tile_n, memory.tile_k, cluster, heads)
+        self.prepared = launch.prepare(kernel, device, grid, smem=memory.size, cluster=max(cluster, 1), programmatic=True)
+        if cluster and self.prepared.clusters_at_once() * cluster < grid:
+            raise Unsuited("clusters that do not all run at the same time")
         lines, pieces = memory.tile_k // _LINE, p.k // _LINE
         weight_view = ((_LINE, p.n, pieces), (p.weight_stride * 2, 128), (_LINE, tile_n, lines))
         x_view = ((_LINE, p.m, pieces), (p.k * 2, 128), (_LINE, x_rows, lines))
@@ -108,37 +132,39 @@ class Plan:
             x_view = ((_LINE, p.m, pieces), (rows.strides[0] * 2, 128), (_LINE, x_rows, ceil_div(pieces, _PIECES)))
         numbers = (
             *rows.strides, float(mean_operand(recipe.norm, rows.count, rows.columns)), float(np.float32(eps)), p.m, p.n,
-            tile_count, x_rows, depth, p.pairs, early, first, ahead, memory.barriers_at, memory.row_at, memory.y_at,
+            tile_count, depth, p.pairs, early, first, ahead, memory.barriers_at, memory.row_at, memory.y_at,
         )  # fmt: skip
 
         def pack(pointers: tuple[int, ...]) -> bytes:
-            x, residual, norm_weight, normalised, total, ready, weight, out = pointers
+            x, residual, norm_weight, normalised, total, ready, weight, out = pointers[:8]
             maps = _driver.tensor_map(weight, *weight_view)
             maps += bytes(128) if resident == 1 else _driver.tensor_map(x if resident else normalised, *x_view)
-            return _ARGUMENTS.pack(x, residual, norm_weight, normalised, total, ready, out, *numbers) + maps
+            packed = _ARGUMENTS.pack(x, residual, norm_weight, normalised, total, ready, out, *numbers) + maps
+            return packed + heads.pack(pointers[8:], memory.heads_at) if heads is not None else packed
 
         self._pack: Callable[[tuple[int, ...]], bytes] = pack
 
     def launches(self, pointers: tuple[int, ...]) -> list[tuple[Any, bytes]]:
-        """What to launch. pointers: x, residual, the norm's weight, normalised [M, K], total, two zeroed words, weight, out."""
+        """What to launch. pointers: x, residual, the norm's weight, normalised [M, K], total, two zeroed words, weight, out; with
+        heads then q, k, v, cos, sin, their norms' weights and slots."""
         return [(self.prepared, self._pack(pointers))]
 
 
-def _memory(rows: Rows, p: Problem, tile_n: int) -> _Memory:
+def _memory(rows: Rows, p: Problem, tile_n: int, heads: int) -> _Memory:
     """All rows in every CTA where the ring keeps room enough beside them; otherwise one row, or rows that are shared."""
     if _suits_warps(rows):
-        found = _divided(rows, p, tile_n, ceil_div(rows.count, 8) * 8)
+        found = _divided(rows, p, tile_n, heads, ceil_div(rows.count, 8) * 8)
         whole = rows.columns // _LINE * 128 * tile_n
         if found is not None and found.depth >= 3 and found.depth * found.stage >= min(_RESIDENT_RING, whole):
             return found
-    found = _divided(rows, p, tile_n, int(rows.count == 1))
+    found = _divided(rows, p, tile_n, heads, int(rows.count == 1))
     if found is None:
         raise Unsuited("the shared memory does not hold two stages")
     return found
 
 
-def _divided(rows: Rows, p: Problem, tile_n: int, resident: int) -> _Memory | None:
-    """Shared memory divided for so many rows of y in it; None where the ring gets no two stages."""
+def _divided(rows: Rows, p: Problem, tile_n: int, heads: int, resident: int) -> _Memory | None:
+    """Shared memory divided for so many rows of y in it and bytes of heads; None where the ring gets no two stages."""
     pieces = rows.columns // _LINE
     x_rows = 0 if resident else ceil_div(rows.count, 8) * 8
     in_front = y_bytes = row_bytes = 0
@@ -149,10 +175,12 @@ def _divided(rows: Rows, p: Problem, tile_n: int, resident: int) -> _Memory | No
     else:
         y_bytes = rows.columns * 2 + 2048 if resident else 16
         row_bytes = ceil_div(4 * scratch_floats(_sums(rows)) + rows.columns * rows.z_bytes + 16, 16) * 16
-    room = p.shared_memory - _ROOM - in_front - row_bytes - y_bytes - 16 * _MOST_DEPTH - 8 * _PIECES
+    barriers = ceil_div(16 * _MOST_DEPTH + 8 * (_PIECES + 1), 16) * 16
+    room = p.shared_memory - _ROOM - in_front - row_bytes - y_bytes - barriers - heads
     line_bytes = 128 * (tile_n + x_rows)
     # a long stage costs less, as long as four of them fit
-    tile_k = 256 if room // (4 * line_bytes) >= 4 else 128 if room // (2 * line_bytes) >= 3 or resident < 2 else 64
+    stages = _SIXTEEN_STAGES if resident > 8 else _STAGES
+    tile_k = next((k for k, least in stages if room // (k // _LINE * line_bytes) >= least), _LINE)
     stage = line_bytes * tile_k // _LINE
     depth = min(room // stage, _MOST_DEPTH)
     if depth < 2:
@@ -160,10 +188,11 @@ def _divided(rows: Rows, p: Problem, tile_n: int, resident: int) -> _Memory | No
     # products read 64 rows of y: behind those that are there lies the ring, or in its last stage what follows it
     behind = 0 if resident else max(0, 64 * 128 - x_rows * 128 - tile_k * 2 * tile_n)
     barriers_at = in_front + depth * stage
-    row_at = barriers_at + ceil_div(16 * depth + 8 * _PIECES, 16) * 16
+    row_at = barriers_at + barriers
     y_at = 0 if resident > 1 else row_at + row_bytes
-    size = max(row_at + row_bytes + y_bytes, barriers_at + behind)
-    return _Memory(resident, tile_k, depth, stage, barriers_at, row_at, y_at, size)
+    heads_at = row_at + row_bytes + y_bytes
+    size = max(heads_at + heads, barriers_at + behind)
+    return _Memory(resident, tile_k, depth, stage, barriers_at, row_at, y_at, heads_at, size)
 
 
 def _suits_warps(rows: Rows) -> bool:
@@ -173,9 +202,14 @@ def _suits_warps(rows: Rows) -> bool:
     sums = _sums(rows)
     threads, vector, chains = sums["SUM_THREADS"], sums["SUM_VECTOR"], sums["SUM_CHAINS"]
     whole = vector >= 4 and chains in _WHOLE_VECTORS and not sums["SUM_EDGES"]
+    return whole and (threads % 32 == 0 or rows.columns <= threads * vector) and _held(rows) <= _REGISTER_BYTES
+
+
+def _held(rows: Rows) -> int:
+    """Bytes of a row, its residual and its sum that a thread of the one warp holds."""
+    sums = _sums(rows)
     held = rows.columns // 32 * (rows.z_bytes + (0 if rows.residual_sum is None else 4 if rows.residual_float32 else 2))
-    held += ceil_div(threads, 32) * (16 if chains == _BY_POSITION else 4)
-    return whole and (threads % 32 == 0 or rows.columns <= threads * vector) and held <= _REGISTER_BYTES
+    return held + ceil_div(sums["SUM_THREADS"], 32) * (16 if sums["SUM_CHAINS"] == _BY_POSITION else 4)
 
 
 def _require(rows: Rows, p: Problem) -> None:
@@ -193,45 +227,58 @@ def _require(rows: Rows, p: Problem) -> None:
             raise Unsuited(reason)
 
 
-def _tile_width(p: Problem) -> int:
+def _tile_width(p: Problem, widths: tuple[int, ...]) -> int:
     """The width that gives every multiprocessor the same share, as for linear_sm90."""
-    return min(_WIDTHS, key=lambda width: (tiles.cycles(p, tiles.WarpgroupConfiguration(1, width, tile_k=256)), -width))
+    return min(widths, key=lambda width: (tiles.cycles(p, tiles.WarpgroupConfiguration(1, width, tile_k=256)), -width))
 
 
 def _sums(rows: Rows) -> dict[str, int]:
     return order_defines(order_of(rows.recipe.norm, rows.residual_sum), rows.count, rows.columns)
 
 
-def _kernel(rows: Rows, resident: int, tile_n: int, tile_k: int) -> Kernel:
+def _kernel(rows: Rows, resident: int, tile_n: int, tile_k: int, cluster: int, heads: HeadParts | None) -> Kernel:
     norm = rows.recipe.norm
     defines: dict[str, int | str] = {"COLUMNS": rows.columns, **_sums(rows), **point_defines(norm)}
     defines |= {"X_FLOAT32": 0, "RESIDUAL": RESIDUAL[rows.residual_sum], "RESIDUAL_FLOAT32": int(rows.residual_float32)}
+    x_rows = 0 if resident else ceil_div(rows.count, 8) * 8
     defines |= {"WEIGHT_FLOAT32": int(rows.weight_float32), "GROUP": _GROUP, "ROWS": resident}
-    defines |= {"TILE_N": tile_n, "TILE_K": tile_k}
+    defines |= {"TILE_N": tile_n, "TILE_K": tile_k, "X_ROWS": x_rows, "CLUSTER": cluster}
+    defines |= heads.defines if heads is not None else {}
     order = f"{order_of(norm, rows.residual_sum)} {defines['SUM_THREADS']}"
     points = point_names(norm)
     points += [f"residual {'float32 ' if rows.residual_float32 else ''}{rows.residual_sum}"] if rows.residual_sum else []
     points += ["float32 w"] if rows.weight_float32 else []
-    many = "one row" if resident == 1 else f"{resident} rows in each CTA" if resident else "rows"
+    points += [f"{heads.words} by {cluster}"] if heads is not None else []
+    many = "one row" if resident == 1 else f"{resident} rows in each CTA" if resident else f"{x_rows} rows"
     name = f"rms_norm_linear_sm90 {order}, K {rows.columns}, {', '.join(points) or 'plain'}, {many}, {tile_n} k{tile_k}"
     source, entry = "rms_norm_linear_sm90.cu", "rms_norm_linear_sm90"
     return Kernel(name, source, entry, tuple(defines.items()), _THREADS, capability=90, last=90)
+
+
+def _head_parts(recipe: Recipe, count: int) -> HeadParts:
+    q, k = dense((count, 32, 128), 2), dense((count, 8, 128), 2)
+    weight, table = dense((128,), 2), dense((count, 128), 2)
+    block = Block((q, k, k), (q, k, k), weight, weight, table, table, None, move_v=True)
+    return HeadParts(block, ends(recipe, head_norm=True, rotation=True), recipe.norm, 1e-6, 0)
 
 
 def _kernels() -> tuple[Kernel, ...]:
     """A choice for compile tests and tables: Qwen3's hidden sizes and widths, and every named recipe that it serves."""
     found: dict[str, Kernel] = {}
 
-    def add(recipe: Recipe, count: int, columns: int, residual: bool, resident: int, tile_n: int, tile_k: int) -> None:
+    def add(
+        recipe: Recipe, count: int, columns: int, residual: bool, resident: int, tile_n: int, tile_k: int, cluster: int = 0
+    ) -> None:
         rows = Rows(recipe, count, columns, recipe.residual_sum if residual else None, False, False, (1, 0, 0))
         resident = resident if resident < 2 or _suits_warps(rows) else 0
-        kernel = _kernel(rows, resident, tile_n, tile_k)
+        kernel = _kernel(rows, resident, tile_n, tile_k, cluster, _head_parts(recipe, count) if cluster else None)
         found.setdefault(kernel.name, kernel)
 
     torch = RECIPES["torch"]
     for columns, tile_n in ((1024, 32), (2560, 48), (4096, 48), (5120, 80)):
         for count, resident in ((1, 1), (2, 8), (16, 16), (16, 0)):
             add(torch, count, columns, False, resident, tile_n, 256)
+            add(torch, count, columns, False, resident, 128 if tile_n == 80 else 64, 128, cluster=2)
     for recipe in (RECIPES[name] for name in ("torch-rms-norm", "vllm-0.19", "flashinfer", "gemma", "nano-vllm")):
         for resident in (0, 16):
             add(recipe, 16, 4096, True, resident, 64, 128)

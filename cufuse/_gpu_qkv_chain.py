@@ -1,4 +1,5 @@
-"""The block of ``rms_norm_qkv`` as a chain of launches without gaps: norm and projection (one kernel for a few rows), heads.
+"""The block of ``rms_norm_qkv`` as a chain of launches without gaps: norm and projection (one kernel for a few rows), heads (for
+few rows of a small model in the same one).
 
 Each kernel may begin before the one in front of it has ended (programmatic dependent launch, Hopper on) and waits for it before
 it reads what that one writes. The projection has fetched its first weights by then. What may be fetched so early:
@@ -8,13 +9,24 @@ it reads what that one writes. The projection has fetched its first weights by t
 - with static weights the projection may begin, and fetch weights, while the kernel in front of the call still runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from cufuse import _gpu_gemm, _gpu_heads, _gpu_linear, _gpu_linear_heads, _gpu_norm, _gpu_norm_linear, _layout, launch
+from cufuse import (
+    _gpu_gemm,
+    _gpu_head_parts,
+    _gpu_heads,
+    _gpu_linear,
+    _gpu_linear_heads,
+    _gpu_norm,
+    _gpu_norm_linear,
+    _layout,
+    launch,
+)
 from cufuse._gpu_heads import Block, Described, Ends, Unsuited, dense
+from cufuse._gpu_norm_linear import Rows
 from cufuse._linear_problem import Problem
 from cufuse.compiler import Kernel
 from cufuse.qkv import Heads
@@ -24,6 +36,7 @@ KERNELS: Final[tuple[Kernel, ...]] = ()
 """None of its own."""
 
 _ALIGNMENT: Final = 1024
+_OF_HEADS: Final = ("out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight", "cache_slots")
 
 Launches = list[tuple[Any, bytes]]
 Step = Callable[[dict[str, int], int], Launches]
@@ -65,6 +78,10 @@ class Chain:
         if finished is not None:
             self._steps.append(self._norm(arrays, normalised, normalised_at, eps, recipe, device, chained, static))
             self._steps.append(finished)
+            return
+        everything = self._norm_and_projection(arrays, products, normalised_at, raw_at[0], eps, recipe, device, static, ends)
+        if everything is not None:
+            self._steps.append(everything)
             return
         together = self._norm_and_projection(arrays, products, normalised_at, raw_at[0], eps, recipe, device, static)
         if together is not None:
@@ -138,7 +155,7 @@ class Chain:
             out = dense((tokens, n), 2 if recipe.gemm.output == "bfloat16" else 4)
             alignment = (0, weight.data.ptr & 15, 0)
             products[name] = _gpu_linear.describe(
-                dense((tokens, columns), width), weight, out, alignment, slices, device, programmatic=chained
+                dense((tokens, columns), width), weight, out, alignment, slices, device, weights_ready=chained
             )
         return products
 
@@ -156,32 +173,28 @@ class Chain:
 
     def _norm_and_projection(
         self, arrays: dict[str, Any], products: dict[str, Problem], normalised_at: int, raw_at: int, eps: float, recipe: Recipe,
-        device: int, static: bool,
+        device: int, static: bool, ends: Ends | None = None,
     ) -> Step | None:  # fmt: skip
-        """Both in one launch, for a few rows and a packed weight; None where that cannot be."""
-        if len(products) > 1 or arrays["x"].itemsize != 2:
+        """Both in one launch, for a few rows and a packed weight, with ``ends`` the heads as well; None where that cannot be."""
+        rows = _rows_of(arrays, recipe)
+        if len(products) > 1 or rows is None:
             return None
-        (name, problem), x, residual = next(iter(products.items())), arrays["x"], arrays["residual"]
-        total = arrays["out[3]"] if residual is not None else None
-        walked = _layout.walk(x.shape[:-1], {"x": x, "residual": residual, "out[3]": total})
-        read = ["x", "norm_weight", *(["residual", "out[3]"] if total is not None else [])]
-        if walked.outer != 1 or _alignment(arrays, read):
-            return None
-        wide = [one is not None and one.itemsize == 4 for one in (arrays["norm_weight"], residual)]
-        strides = (walked.inner_strides[0], walked.inner_strides[1], walked.inner_strides[2])
-        sum_of = recipe.residual_sum if residual is not None else None
-        rows = _gpu_norm_linear.Rows(recipe, walked.rows, x.shape[-1], sum_of, wide[0], wide[1], strides)
+        name, problem = next(iter(products.items()))
+        names = list(_OF_HEADS) if ends is not None else []
         try:
-            plan = _gpu_norm_linear.Plan(rows, problem, eps, device, weights_ready=static)
+            heads = None
+            if ends is not None:
+                block = _finished_block(arrays)
+                heads = _gpu_head_parts.HeadParts(block, ends, recipe.norm, eps, _alignment(arrays, names[:-1]))
+            plan = _gpu_norm_linear.Plan(rows, problem, eps, device, weights_ready=static, heads=heads)
         except Unsuited:
             return None
 
         def step(address: dict[str, int], workspace: int) -> Launches:
             ready = launch.counters(device)
             given = [address.get(one, 0) for one in ("x", "residual", "norm_weight")]
-            return plan.launches(
-                (*given, workspace + normalised_at, address.get("out[3]", 0), ready, address[name], workspace + raw_at)
-            )
+            written = (address.get("out[3]", 0), ready, address[name], workspace + raw_at)
+            return plan.launches((*given, workspace + normalised_at, *written, *(address[one] for one in names)))
 
         return step
 
@@ -193,12 +206,9 @@ class Chain:
         if len(products) > 1:
             return None
         weight, problem = next(iter(products.items()))
-        names = ["out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight"]
-        outs = (arrays["out[0]"], arrays["out[1]"], arrays["out[2]"])
-        weights, tables = (arrays["q_norm_weight"], arrays["k_norm_weight"]), (arrays["cos"], arrays["sin"])
-        block = Block(outs, outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
+        names = _OF_HEADS[:-1]
         try:
-            plan = _gpu_linear_heads.Plan(block, ends, problem, eps, device, _alignment(arrays, names))
+            plan = _gpu_linear_heads.Plan(_finished_block(arrays), ends, problem, eps, device, _alignment(arrays, names))
         except Unsuited:
             return None
 
@@ -211,24 +221,35 @@ class Chain:
         self, arrays: dict[str, Any], raw: tuple[Described, ...], raw_at: tuple[int, ...], leading: tuple[int, ...],
         ends: Ends, eps: float, device: int, static: bool,
     ) -> Step:  # fmt: skip
-        names = ["out[0]", "out[1]", "out[2]", "cos", "sin", "q_norm_weight", "k_norm_weight", "cache_slots"]
-        alignment = _alignment(arrays, names[:-1])
+        alignment = _alignment(arrays, _OF_HEADS[:-1])
         q, k, v = (_with_leading(one, leading) for one in raw)
         for at in raw_at:
             alignment |= at & 15
-        outs = (arrays["out[0]"], arrays["out[1]"], arrays["out[2]"])
-        weights, tables = (arrays["q_norm_weight"], arrays["k_norm_weight"]), (arrays["cos"], arrays["sin"])
-        block = Block((q, k, v), outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
+        block = _finished_block(arrays)._replace(source=(q, k, v))
         plan = _gpu_heads.Plan(block, ends, eps, device, alignment, weights_ready=True, tables_ready=not static)
 
         def step(address: dict[str, int], workspace: int) -> Launches:
-            return plan.launches((*(workspace + at for at in raw_at), *(address[name] for name in names)))
+            return plan.launches((*(workspace + at for at in raw_at), *(address[name] for name in _OF_HEADS)))
 
         return step
 
     def launches(self, address: dict[str, int], workspace: int) -> Launches:
         """Prepared kernels with their arguments, in order."""
         return [one for step in self._steps for one in step(address, workspace)]
+
+
+def _rows_of(arrays: dict[str, Any], recipe: Recipe) -> Rows | None:
+    """What is normalised, for kernels that do more than that; None where they cannot read it."""
+    x, residual = arrays["x"], arrays["residual"]
+    total = arrays["out[3]"] if residual is not None else None
+    walked = _layout.walk(x.shape[:-1], {"x": x, "residual": residual, "out[3]": total})
+    read = ["x", "norm_weight", *(["residual", "out[3]"] if total is not None else [])]
+    if x.itemsize != 2 or walked.outer != 1 or _alignment(arrays, read):
+        return None
+    wide = [one is not None and one.itemsize == 4 for one in (arrays["norm_weight"], residual)]
+    strides = (walked.inner_strides[0], walked.inner_strides[1], walked.inner_strides[2])
+    sum_of = recipe.residual_sum if residual is not None else None
+    return Rows(recipe, walked.rows, x.shape[-1], sum_of, wide[0], wide[1], strides)
 
 
 def _require_strides(arrays: dict[str, Any], ends: Ends) -> None:
@@ -249,7 +270,14 @@ def _require_strides(arrays: dict[str, Any], ends: Ends) -> None:
         raise Unsuited(str(error)) from error
 
 
-def _alignment(arrays: dict[str, Any], names: list[str]) -> int:
+def _finished_block(arrays: dict[str, Any]) -> Block:
+    """What is done with the heads, for kernels that have them already: their source is what they write."""
+    outs = (arrays["out[0]"], arrays["out[1]"], arrays["out[2]"])
+    weights, tables = (arrays["q_norm_weight"], arrays["k_norm_weight"]), (arrays["cos"], arrays["sin"])
+    return Block(outs, outs, *weights, *tables, slots=arrays["cache_slots"], move_v=True)
+
+
+def _alignment(arrays: dict[str, Any], names: Sequence[str]) -> int:
     bits = 0
     for name in names:
         if arrays[name] is not None:

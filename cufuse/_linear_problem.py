@@ -24,7 +24,8 @@ class Problem:
     mappable : rows lie one behind the other, as a tensor map wants them.
     pairs : two neighbouring outputs may be stored at once: n is even and out aligned to them.
     slice_k : values of k in a slice; slices = ceil(k / slice_k).
-    programmatic : may begin before the kernel in front of it in the stream has ended (programmatic dependent launch).
+    programmatic : may begin before the kernel in front of it in the stream has ended (programmatic dependent launch), and then
+    waits for it, but for weights_ready: the weight may be read before.
     """
 
     m: int
@@ -44,6 +45,7 @@ class Problem:
     multiprocessors: int
     shared_memory: int
     programmatic: bool = False
+    weights_ready: bool = False
 
     @property
     def slices(self) -> int:

@@ -110,7 +110,7 @@ def plan(problem: Problem, configuration: Configuration) -> Launch | None:
 
     numbers = (
         p.m, p.n, p.k, p.slice_k, work.slice_warps, work.warps, work.rounds, memory.depth, memory.x_depth, memory.rings_at,
-        memory.x_at, _BARRIER_BYTES, p.out_float32, p.pairs, p.programmatic,
+        memory.x_at, _BARRIER_BYTES, p.out_float32, p.pairs, p.weights_ready,
     )  # fmt: skip
 
     def arguments(x: int, weight: int, out: int) -> bytes:

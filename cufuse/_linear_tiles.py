@@ -103,7 +103,7 @@ WARPGROUP: Final = tuple(
         for tile_n in _WIDTHS
         if tile_n >= 48
         for cluster in CLUSTERS
-        for box_store in ((False, True) if tile_n % 64 == 0 else (False,))
+        for box_store in ((False, True) if tile_n % 32 == 0 else (False,))
     ]
 )
 MMA: Final = (
@@ -128,7 +128,7 @@ def takes_warpgroups(problem: Problem, c: WarpgroupConfiguration) -> bool:
         suits_warpgroups(problem)
         and (not c.deep or (problem.m <= c.tile_m and problem.k % 64 == 0))
         and (problem.slices == 1 or problem.slice_k % c.tile_k == 0)
-        and (boxes_allowed(problem) or not c.box_store)
+        and (boxes_allowed(problem, c.tile_n) or not c.box_store)
     )
 
 
@@ -138,8 +138,7 @@ def choose_warpgroups(problem: Problem) -> WarpgroupConfiguration:
         # longer stages cost less each, as long as four of them fit
         fitting = [c for c in WARPGROUP if c.deep and (c.tile_k == 256) == (_stage_bytes(problem, c.tile_n) <= _LONG_STAGE_BYTES)]
     else:
-        boxes = boxes_allowed(problem)
-        fitting = [c for c in WARPGROUP if c.consumers == 2 and c.box_store == (boxes and c.tile_n % 64 == 0)]
+        fitting = [c for c in WARPGROUP if c.consumers == 2 and c.box_store == boxes_allowed(problem, c.tile_n)]
     return min(fitting, key=lambda c: (cycles(problem, c), -c.tile_n))
 
 
@@ -152,10 +151,11 @@ def cycles(problem: Problem, c: WarpgroupConfiguration) -> int:
     """What a tile costs, for the choice between tiles."""
     _, _, rounds = _rounds(problem, c)
     x_rows = _x_rows(problem, c)
-    # 64 k of a tile: the products, or what the L2 cache delivers (some 40 bytes a cycle); then the way out
+    # 64 k of a tile: the products, or what the L2 cache delivers (some 40 bytes a cycle); then the way out, of threads' own
+    # values (counted on an H200: 6000 cycles of 96 columns) or in boxes
     fetched = (x_rows // c.cluster_n + c.tile_n // c.cluster_m) * 128
     stage = max(2 * c.tile_n * c.consumers, fetched // 40)
-    return rounds * (ceil_div(min(problem.k, problem.slice_k), 64) * stage + 8 * c.tile_n + 1000)
+    return rounds * (ceil_div(min(problem.k, problem.slice_k), 64) * stage + (8 if c.box_store or c.deep else 60) * c.tile_n + 1000)
 
 
 def _rounds(problem: Problem, c: WarpgroupConfiguration) -> tuple[int, int, int]:
@@ -170,15 +170,21 @@ def _x_rows(problem: Problem, c: WarpgroupConfiguration) -> int:
     return min(c.tile_m, ceil_div(problem.m, unit) * unit)
 
 
-def boxes_allowed(problem: Problem) -> bool:
-    """Whether outputs can leave by tensor map."""
-    return problem.n % 8 == 0 and problem.aligned_out and problem.slices == 1 and not problem.out_float32
+def boxes_allowed(problem: Problem, tile_n: int) -> bool:
+    """Whether outputs can leave by tensor map, one box during each stage of the next tile."""
+    possible = problem.n % 8 == 0 and problem.aligned_out and problem.slices == 1 and not problem.out_float32
+    return possible and tile_n % 32 == 0 and tile_n // _box_columns(tile_n) <= ceil_div(problem.k, 64)
+
+
+def _box_columns(tile_n: int) -> int:
+    """Of an output's box: a swizzled line, or half of one."""
+    return 64 if tile_n % 64 == 0 else 32
 
 
 def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> Launch:
     """The launch of linear_sm90: a persistent grid."""
     c, p = configuration, problem
-    partial = p.slices > 1
+    partial, columns = p.slices > 1, _box_columns(c.tile_n)
     tiles_m, tiles_n, _ = _rounds(p, c)
     cluster = c.cluster_m * c.cluster_n
     pieces = ceil_div(tiles_m, c.cluster_m) * ceil_div(tiles_n, c.cluster_n) * p.slices
@@ -194,7 +200,7 @@ def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> 
     size = max(barriers_at + 16 * depth, depth * stage + behind)
     numbers = (
         p.m, p.n, p.k, p.slice_k, tiles_m, tiles_n, p.slices, max(1, _GROUP_ROWS * 128 // (c.tile_m * c.cluster_m)), x_rows, depth,
-        p.out_float32 or partial, p.pairs, p.programmatic, buffers_at, barriers_at,
+        p.out_float32 or partial, p.pairs, p.weights_ready, buffers_at, barriers_at,
     )  # fmt: skip
     x_view: _View
     weight_view: _View
@@ -211,7 +217,7 @@ def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> 
             _WARPGROUP_ARGUMENTS.pack(*numbers, out)
             + _driver.tensor_map(x, *x_view)
             + _driver.tensor_map(weight, *weight_view)
-            + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (64, 16)) if c.box_store else bytes(128))
+            + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (columns, 16), columns == 64) if c.box_store else bytes(128))
         )
 
     return Launch(

@@ -2,15 +2,25 @@
 #pragma once
 #include "bf16.cuh"
 
-// 16 bytes to the place in CTA `rank` that has the address `shared` in this one; seen there behind sync_cluster.
-CUFUSE_INLINE void store_16_at(u32 shared, u32 rank, const float (&v)[4]) {
-    asm volatile("{\n\t.reg .b32 place;\n\tmapa.shared::cluster.u32 place, %0, %1;\n\t"
-                 "st.shared::cluster.v4.f32 [place], {%2, %3, %4, %5};\n\t}"
-                 : : "r"(shared), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
-
 // Until all threads of the cluster are here. Unlike sync_cluster it orders no writes but barriers' initialisation behind
 // barrier_init_fence, and so is no fence of the whole GPU.
 CUFUSE_INLINE void meet_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" : : : "memory");
+}
+
+// meet_cluster in two parts, each by all threads of the cluster: what lies between them need not wait for the other CTAs.
+CUFUSE_INLINE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory"); }
+CUFUSE_INLINE void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" : : : "memory"); }
+
+// The address in CTA `rank` of what lies at `shared` in this one.
+CUFUSE_INLINE u32 address_in(u32 shared, u32 rank) {
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+    return address;
+}
+
+// Four bytes to a place in a CTA of the cluster; its barrier, as address_in gives both, counts them as it counts a copy's.
+CUFUSE_INLINE void send_4(u32 address, u32 word, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 : : "r"(address), "r"(word), "r"(barrier) : "memory");
 }

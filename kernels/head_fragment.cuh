@@ -41,9 +41,8 @@ __device__ __forceinline__ float sum_of_squares(const u32 (&pairs)[HEAD_PAIRS], 
     return threadIdx.x & 1 ? sum : other;
 }
 
-// Rows g (half 0) or g + 8 (half 1). weights: the 128 weights in shared memory, aligned to 16 bytes.
-__device__ __forceinline__ void normalise_rows(u32 (&pairs)[HEAD_PAIRS], int half, u32 weights, float mean_operand, float eps) {
-    const float r = reciprocal_root(sum_of_squares(pairs, half), mean_operand, eps);
+// Rows g (half 0) or g + 8 (half 1), by the factor r of the norm. weights: the 128 weights in shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void weigh_rows(u32 (&pairs)[HEAD_PAIRS], int half, u32 weights, float r) {
 #pragma unroll
     for (int four = 0; four < 4; ++four) {
         u32 w[4];  // matrices whose eight rows are the same eight weights

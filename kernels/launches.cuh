@@ -15,3 +15,10 @@ CUFUSE_INLINE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch
 CUFUSE_INLINE void wait_for_previous_kernel() {}
 CUFUSE_INLINE void let_next_kernel_begin() {}
 #endif
+
+// The beginning of a kernel that may be such a launch. With weights that may be read early the next kernel's may be as well. Without,
+// the next one begins when all before this one have ended, so that what they wrote is there for it, whatever it reads early.
+CUFUSE_INLINE void begin_as_dependent(bool weights_ready) {
+    if (!weights_ready) wait_for_previous_kernel();
+    let_next_kernel_begin();
+}

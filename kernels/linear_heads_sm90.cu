@@ -10,27 +10,32 @@
 // Schedule: a persistent grid, tiles of 128 tokens by TILE_N rows of the weight. Warpgroup 0 brings 64 k of both operands at a
 // time into a ring of `depth` stages in dynamic shared memory; warpgroups 1 and 2 multiply 64 tokens each. A finished tile is
 // rounded, which halves the registers that it takes, and stays there: norm, rotation and stores are done in STEPS parts during
-// the first STEPS stages of the next tile, while the tensor cores work. The tables come through the ring as two stages more,
-// behind those during which they are needed: cos and sin of a head's first half of columns, and of its second. Tiles have at
-// least STEPS stages.
+// the first STEPS stages of the next tile, while the tensor cores work; a part that takes longer than a stage's products leaves
+// them idle. The tables come through the ring as two stages more: cos and sin of a head's first half of columns behind the stage
+// during which they are needed first, and of its second. Tiles have at least STEPS stages.
+// A unit of the norm: a factor of half the rows of a head, or its use; of the stores: a quarter of a head's columns. A part has
+// NORM_UNITS of the former, or a share of those of half the columns of all heads, which HALF_STEPS parts divide: the more they are, the
+// shorter is each, and the longer do the tables keep a stage from the ring.
 #include "wgmma.cuh"
 #include "head_fragment.cuh"
 #include "ring.cuh"
 
 constexpr int TILE_M = 128, LINE = 64;  // k, or columns of a head, in a line of 128 bytes
 constexpr int TILE_HEADS = TILE_N / HEAD;
-constexpr int FIRST_SEND = 2 * TILE_HEADS, STEPS = FIRST_SEND + 2;  // norms of half the rows of a head; then halves of all heads
+constexpr int FIRST_SEND = 4 * TILE_HEADS / NORM_UNITS, STEPS = FIRST_SEND + 2 * HALF_STEPS;
+constexpr int HALF_UNITS = 2 * TILE_HEADS;  // that store half the columns of all heads
 constexpr int THREADS = 384, CONSUMER_WARPS = 8;
 constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128, TABLES_BYTES = 2 * X_BYTES;
 constexpr u32 BUFFER_BYTES = 16 * 128;  // 16 rows of half a head: a warp has two of them
 constexpr u32 WEIGHT_BYTES = HEAD * 2;
 static_assert(TILE_HEADS <= 2 && TABLES_BYTES <= STAGE_BYTES, "tiles of one or two heads");
+static_assert(NORM_UNITS <= 2 && HALF_STEPS <= HALF_UNITS, "a part normalises rows of one head, and no part is empty");
 
 struct Arguments {
     int stages;  // of a tile
     int tiles_m, tiles_n;
     int group_m;  // tiles one above the other that run together, for the L2 cache
-    int depth, programmatic;  // programmatic: a dependent launch: only weights may be touched before the previous kernel ends
+    int depth, weights_ready;  // weights_ready: they alone may be touched before the previous kernel ends
     int heads, kv_heads;
     float q_mean_operand, k_mean_operand, eps;
     int buffers_at, weights_at, barriers_at;  // bytes from the start of dynamic shared memory
@@ -97,9 +102,9 @@ struct Bringer {
             barrier_init(ring.full + stage * 8, 1);
             barrier_init_fence();
             bring_weight(tile, stage, stage);
-            if (!a.programmatic) bring_x(tile, stage, stage);
+            if (!a.weights_ready) bring_x(tile, stage, stage);
         }
-        if (a.programmatic) {
+        if (a.weights_ready) {
             wait_for_previous_kernel();
 #pragma unroll 1
             for (int stage = 0; stage < ahead; ++stage) bring_x(tile, stage, stage);
@@ -118,7 +123,8 @@ struct Bringer {
                 bring_weight(tile, stage, place.slot);
                 bring_x(tile, stage, place.slot);
                 place.advance(ring.depth);
-                if (owed && stage >= FIRST_SEND && stage < STEPS) bring_tables(before, stage - FIRST_SEND, place);
+                if (owed && stage == FIRST_SEND) bring_tables(before, 0, place);
+                if (owed && stage == FIRST_SEND + HALF_STEPS) bring_tables(before, 1, place);
             }
             owed = tile.takes_tables(a);
             before = tile;
@@ -139,7 +145,10 @@ struct Consumer {
     const Arguments& a;
     const Ring& ring;
     Place place;
-    int before;  // slot of the stage before
+    int before;      // slot of the stage before
+    int tables;      // slot of the tables in use
+    u32 buffer;      // which of the two comes next
+    float factor;    // of a row, between its norm's two units
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
@@ -169,92 +178,117 @@ struct Consumer {
         for (int i = 0; i < TILE_N / 4; ++i) pairs[i / HEAD_PAIRS][i % HEAD_PAIRS] = pack_bf16(c[2 * i], c[2 * i + 1]);
     }
 
+    // Of a part of a half's stores: nearest to even shares.
+    static __device__ __forceinline__ constexpr int first_unit(int part) {
+        return (2 * part * HALF_UNITS + HALF_STEPS) / (2 * HALF_STEPS);
+    }
     // Part number `step` of what is left to do with a tile.
     __device__ __forceinline__ void finish(int step, const Tile& tile, u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
-        if (step >= FIRST_SEND)
-            send(step - FIRST_SEND, tile, pairs);
-        else if (HEAD_NORM)
-            normalise(step % 2, tile.which(a, step / 2), pairs[step / 2 % TILE_HEADS]);
+        if (step >= FIRST_SEND) {
+            const int half = (step - FIRST_SEND) / HALF_STEPS, part = (step - FIRST_SEND) % HALF_STEPS;
+#pragma unroll
+            for (int unit = first_unit(part); unit < first_unit(part + 1); ++unit) send(half * HALF_UNITS + unit, tile, pairs);
+        } else if (HEAD_NORM) {
+            const int which = tile.which(a, step * NORM_UNITS / 4);
+#pragma unroll
+            for (int i = 0; i < NORM_UNITS; ++i) normalise(step * NORM_UNITS + i, which, pairs[step * NORM_UNITS / 4 % TILE_HEADS]);
+        }
     }
-    __device__ __forceinline__ void normalise(int half, int which, u32 (&pairs)[HEAD_PAIRS]) const {
+    __device__ __forceinline__ void normalise(int unit, int which, u32 (&pairs)[HEAD_PAIRS]) {
         if (which > K) return;
-        const float mean_operand = which == Q ? a.q_mean_operand : a.k_mean_operand;
-        normalise_rows(pairs, half, ring.first + a.weights_at + which * WEIGHT_BYTES, mean_operand, a.eps);
+        const int half = unit / 2 % 2;
+        if (unit % 2 == 0)
+            factor = reciprocal_root(sum_of_squares(pairs, half), which == Q ? a.q_mean_operand : a.k_mean_operand, a.eps);
+        else
+            weigh_rows(pairs, half, ring.first + a.weights_at + which * WEIGHT_BYTES, factor);
     }
 
-    // Columns 64 half ... 64 half + 63 of a head into a buffer. target, tables: this lane's address for the first sixteen columns;
-    // the next sixteen lie two units of the swizzle further on.
+    // Columns 32 quarter ... 32 quarter + 31 of a head into a buffer for half of it. target, table: this lane's address for the
+    // half's first sixteen columns; the next sixteen lie two units of the swizzle further on.
     template <bool ROTATED>
-    static __device__ __forceinline__ void write_half(u32 target, u32 tables, int half, const u32 (&pairs)[HEAD_PAIRS]) {
+    static __device__ __forceinline__ void write_quarter(u32 target, u32 table, int quarter, const u32 (&pairs)[HEAD_PAIRS]) {
+        const int half = quarter / 2, first = quarter % 2 * 2;
+        u32 cos[2][4], sin[2][4];
+        if (ROTATED) {  // all at once: they wait long while the tensor cores read shared memory
 #pragma unroll
-        for (int two = 0; two < 4; ++two) {
+            for (int i = 0; i < 2; ++i) {
+                load_matrices(cos[i], table ^ (32 * (first + i)));
+                load_matrices(sin[i], (table ^ (32 * (first + i))) + X_BYTES);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int two = first + i;
             const u32* own = pairs + half * 16 + two * 4;
             u32 out[4] = {own[0], own[1], own[2], own[3]};
             if (ROTATED) {
                 const u32* other = pairs + (1 - half) * 16 + two * 4;
-                u32 cos[4], sin[4];
-                load_matrices(cos, tables ^ (32 * two));
-                load_matrices(sin, (tables ^ (32 * two)) + X_BYTES);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] = rotated_pair(own[j], other[j], cos[j], sin[j], half == 1);
+                for (int j = 0; j < 4; ++j) out[j] = rotated_pair(own[j], other[j], cos[i][j], sin[i][j], half == 1);
             }
             store_matrices(target ^ (32 * two), out[0], out[1], out[2], out[3]);
         }
     }
-    // These columns of each head to their place.
-    __device__ __forceinline__ void send(int half, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
-        // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
-        const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
-        const u32 tables = ring.stage(place.slot) + warp() * 16 * 128 + own_place;
+    // A quarter of a head's columns; the second of two sends both to their place. Units: halves, in them heads, in them quarters.
+    __device__ __forceinline__ void send(int unit, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
+        const int half = unit / HALF_UNITS, i = unit / 2 % TILE_HEADS, quarter = 2 * half + unit % 2;
         const bool takes_tables = tile.takes_tables(a);
-        if (takes_tables) barrier_wait(ring.full + place.slot * 8, place.parity);
-        if (lane() == 0) wait_for_store_reads<TILE_HEADS == 1 ? 1 : 0>();
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < TILE_HEADS; ++i) {
-            const int which = tile.which(a, i);
-            if (which == NONE) break;
-            const u32 buffer = ring.first + a.buffers_at + (warp() * 2 + (TILE_HEADS > 1 ? i : half)) * BUFFER_BYTES;
+        if (takes_tables && unit % HALF_UNITS == 0) {
+            barrier_wait(ring.full + place.slot * 8, place.parity);
+            tables = place.slot;
+            place.advance(ring.depth);
+        }
+        const int which = tile.which(a, i);
+        if (which != NONE) {
+            // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
+            const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
+            const u32 target = ring.first + a.buffers_at + (warp() * 2 + buffer) * BUFFER_BYTES;
+            if (unit % 2 == 0) {
+                if (lane() == 0) wait_for_store_reads<1>();
+                __syncwarp();
+            }
+            const u32 table = ring.stage(tables) + warp() * 16 * 128 + own_place;
             if (ROTATE && which < V)
-                write_half<ROTATE != 0>(buffer + own_place, tables, half, pairs[i]);
+                write_quarter<ROTATE != 0>(target + own_place, table, quarter, pairs[i]);
             else
-                write_half<false>(buffer + own_place, tables, half, pairs[i]);
-            fence_shared_for_copies();
-            __syncwarp();
-            if (lane() == 0) {
-                const int first = which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads;
-                store_box(&a.out_map[which], (tile.head(i) - first) * HEAD + half * LINE, tile.m + warp() * 16, buffer);
-                commit_stores();
+                write_quarter<false>(target + own_place, table, quarter, pairs[i]);
+            if (unit % 2 == 1) {
+                fence_shared_for_copies();
+                __syncwarp();
+                if (lane() == 0) {
+                    const int first = which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads;
+                    store_box(&a.out_map[which], (tile.head(i) - first) * HEAD + half * LINE, tile.m + warp() * 16, target);
+                    commit_stores();
+                }
+                buffer ^= 1;
             }
         }
-        if (takes_tables) {
+        if (takes_tables && unit % HALF_UNITS == HALF_UNITS - 1) {
             __syncwarp();  // all lanes have read them
-            release(place.slot);
-            place.advance(ring.depth);
+            release(tables);
         }
     }
 
     __device__ __forceinline__ void run() {
         u32 pairs[TILE_HEADS][HEAD_PAIRS];
         Tile last(a, blockIdx.x);
-        bool left = false;  // whether `last` has parts left to do
-        for (int index = blockIdx.x; index < a.tiles_m * a.tiles_n; index += gridDim.x) {
-            float c[TILE_N / 2];
+        bool left = false, more = true;  // whether `last` has parts left to do, and whether there is a tile to multiply
+        float c[TILE_N / 2];
+        for (int index = blockIdx.x; more; index += gridDim.x) {
+            more = index < a.tiles_m * a.tiles_n;
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                multiply(c, step == 0);
+            for (int step = 0; step < STEPS; ++step) {  // the last tile's parts too: their instructions are in the cache
+                if (more) multiply(c, step == 0);
                 if (left) finish(step, last, pairs);
             }
             last = Tile(a, index);
             left = true;
 #pragma unroll 1
-            for (int stage = STEPS; stage < a.stages; ++stage) multiply(c, false);
+            for (int stage = STEPS; more && stage < a.stages; ++stage) multiply(c, false);
             wait_for_products<0>();
-            release(before);
+            if (more) release(before);
             round(pairs, c);
         }
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) finish(step, last, pairs);
         if (lane() == 0) wait_for_stores();
     }
 };
@@ -267,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const
     const Tile first(a, blockIdx.x);
     int stages = 0;  // on their way
 
-    let_next_kernel_begin();
+    begin_as_dependent(a.weights_ready);
     if (threadIdx.x == 0) {
         fetch_tensor_map(&a.weight_map);
         fetch_tensor_map(&a.x_map);
@@ -299,6 +333,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const
     } else {
         take_registers<232>();
         wait_for_previous_kernel();
-        Consumer{a, ring, {0, 0}, 0}.run();
+        Consumer{a, ring, {0, 0}, 0, 0, 0, 0.0f}.run();
     }
 }

@@ -12,9 +12,12 @@
 // A cluster is CLUSTER_M tiles high and CLUSTER_N wide: each CTA fetches its share of the x that its row of tiles needs and of
 // the weight that its column of tiles needs, and sends it to all who need it.
 // With CONSUMERS = 1 an operand's stage is one copy of a 3-D box, the matrix seen as [K/64][rows][64], and K a multiple of 64.
-// BOX_STORE 1: out is bfloat16 and leaves through staging buffers and the copy engine (N a multiple of 8, out aligned to 16);
+// BOX_STORE 1: out is bfloat16 and leaves through staging buffers and the copy engine (N a multiple of 8, out aligned to 16): a
+// finished tile is rounded, which halves the registers that it takes, and its boxes of 64 or 32 columns are stored during the next
+// tile's first stages, one box each, while the tensor cores work; tiles have at least that many stages.
 // BOX_STORE 0: every thread stores its own values, bfloat16 or float32.
 #include "wgmma.cuh"
+#include "cluster_stores.cuh"
 #include "outputs.cuh"
 #include "ring.cuh"
 
@@ -25,10 +28,12 @@ constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SENDERS = CLUSTER_M + CLUSTER_N -
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;  // one line of each of the tile's weight rows
 constexpr u32 SHARE_N = TILE_N / CLUSTER_M;      // rows of the weight that a CTA fetches
-constexpr u32 BUFFER_BYTES = 16 * 64 * 2;        // 16 rows of 64 outputs: a warp has two of them
+constexpr int BOX_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, BOXES = BOX_STORE ? TILE_N / BOX_COLUMNS : 0;
+constexpr u32 BUFFER_BYTES = 16 * BOX_COLUMNS * 2, BUFFERS = 4096 / BUFFER_BYTES;  // 16 rows of a box; a warp has 4 KB
+constexpr int BOX_PAIRS = BOX_COLUMNS / 4;
 static_assert(SHARE_N % 8 == 0, "a share begins at a period of the swizzle");
 static_assert(!DEEP || (CLUSTER_M == 1 && LINES % CLUSTER_N == 0), "CTAs of a cluster fetch the same number of lines of x");
-static_assert(!BOX_STORE || TILE_N % 64 == 0, "boxes of 64 columns cover a tile");
+static_assert(!BOX_STORE || TILE_N % BOX_COLUMNS == 0, "boxes cover a tile");
 
 struct Arguments {
     int m, n, k, k_per_slice;
@@ -37,7 +42,7 @@ struct Arguments {
     int x_rows;   // rows of x in a stage: TILE_M, or fewer where M is; a multiple of 8
     int depth;    // stages of the ring
     int out_float32, pairs;
-    int programmatic;             // launched as a dependent: only weights may be touched before the previous kernel ends
+    int weights_ready;            // weights, and they alone, may be touched before the previous kernel ends
     int buffers_at, barriers_at;  // bytes from the start of dynamic shared memory
     void* out;
     TensorMap x_map, weight_map, out_map;
@@ -155,26 +160,21 @@ struct Bringer {
                 copy_box(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY);
         }
     }
-    // The stages that the empty ring takes; returns how many. A dependent launch fetches their weights while the kernel before
-    // it still runs. Without a cluster nobody else has to know a barrier before its copy is on its way.
-    __device__ __forceinline__ int fill(const Work& work) const {
-        const int ahead = min(work.stages, ring.depth);
+    __device__ __forceinline__ int ahead(const Work& work) const { return min(work.stages, ring.depth); }
+    // Of the stages that the empty ring takes, those from `stage` to before `end`; all of x where it may be touched only later.
+    __device__ __forceinline__ void fill(const Work& work, int stage, int end) const {
 #pragma unroll 1
-        for (int stage = 0; stage < ahead; ++stage) {
-            if (CLUSTER == 1) {
-                barrier_init(ring.full + stage * 8, 1);
-                barrier_init_fence();
-            }
+        for (; stage < end; ++stage) {
             expect(stage);
-            if (!a.programmatic) bring_x(work, stage, stage);
+            if (!a.weights_ready) bring_x(work, stage, stage);
             bring_weight(work, stage, stage);
         }
-        if (a.programmatic) {
-            wait_for_previous_kernel();
+    }
+    __device__ __forceinline__ void follow(const Work& work) const {
+        if (!a.weights_ready) return;
+        wait_for_previous_kernel();
 #pragma unroll 1
-            for (int stage = 0; stage < ahead; ++stage) bring_x(work, stage, stage);
-        }
-        return ahead;
+        for (int stage = 0; stage < ahead(work); ++stage) bring_x(work, stage, stage);
     }
     // All that follow the first `stage` stages of the CTA's first piece of work.
     __device__ __forceinline__ void go_on(Work work, int stage) const {
@@ -189,89 +189,116 @@ struct Bringer {
                 place.advance(ring.depth);
             }
             index += gridDim.x / CLUSTER;
-            if (index >= Work::count(a)) return;
+            if (index >= Work::count(a)) break;
             work = Work(a, index, rank);
             stage = 0;
+        }
+        // a CTA of a cluster stays until the others have told it, in its memory, that they have read what it sent
+        for (int slot = 0; CLUSTER > 1 && slot < ring.depth; ++slot) {
+            barrier_wait(ring.empty + place.slot * 8, place.parity);
+            place.advance(ring.depth);
         }
     }
 };
 
-// Tells every CTA that sends here that this warpgroup has read the slot.
-static __device__ __forceinline__ void release(const Ring& ring, const Rank& rank, int slot) {
-    const int thread = threadIdx.x % 128;
-    if (CLUSTER > 1) {
-        if (thread < SENDERS) barrier_arrive_at(ring.empty + slot * 8, rank.sender(thread));
-    } else if (thread == 0) {
-        barrier_arrive(ring.empty + slot * 8);
-    }
-}
+// A warp of those that multiply.
+struct Consumer {
+    const Arguments& a;
+    const Ring& ring;
+    const Rank& rank;
+    Place place;
+    int before;  // slot of the stage before
+    u32 turn;    // which of the buffers comes next; goes on from tile to tile: a tile may have an odd number of boxes
 
-// A warp's 16 rows through two buffers of 64 columns, in turn: while the copy engine reads one, the other is written.
-static __device__ __forceinline__ void store_boxes(
-    const Arguments& a, const float (&c)[TILE_N / 2], u32 buffers, u32& turn, int row, int column
-) {
-    const u32 lane = threadIdx.x & 31;
-    // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
-    const u32 line = (lane & 7) + (lane & 8), unit = swizzled_unit(lane >> 4, line);
+    static __device__ __forceinline__ int group() { return threadIdx.x / 128 - 1; }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
+    static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+    // Tells every CTA that sends here that this warpgroup has read the slot.
+    __device__ __forceinline__ void release(int slot) const {
+        const int thread = threadIdx.x % 128;
+        if (CLUSTER > 1) {
+            if (thread < SENDERS) barrier_arrive_at(ring.empty + slot * 8, rank.sender(thread));
+        } else if (thread == 0) {
+            barrier_arrive(ring.empty + slot * 8);
+        }
+    }
+
+    // One stage's products, under way on return.
+    __device__ __forceinline__ void multiply(float (&c)[TILE_N / 2], bool first) {
+        barrier_wait(ring.full + place.slot * 8, place.parity);
+        products_fence();
 #pragma unroll
-    for (int box = 0; box < TILE_N / 64; ++box) {
-        const u32 buffer = buffers + turn * BUFFER_BYTES;
-        turn ^= 1;  // goes on from tile to tile: a tile may have an odd number of boxes
-        if (lane == 0) wait_for_store_reads<1>();
+        for (int line = 0; line < LINES; ++line) {
+            const u64 x = operand_descriptor(ring.x(place.slot, line) + group() * 64 * 128);
+            const u64 weight = operand_descriptor(ring.weight(place.slot, line));
+#pragma unroll
+            for (int step = 0; step < LINE / 16; ++step)
+                multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, !first || line > 0 || step > 0);
+        }
+        commit_products();
+        if (!first) {
+            wait_for_products<1>();  // the stage before has been read
+            release(before);
+        }
+        before = place.slot;
+        place.advance(ring.depth);
+    }
+
+    // This warp's 16 rows of a box, from (row, column) on, through a buffer: while the copy engine reads one, others are written. 64
+    // columns lie swizzled there, 32 do not. v: the pairs of eight columns j are rows g and g + 8, as v[2 j] and v[2 j + 1].
+    __device__ __forceinline__ void store(const u32* v, int row, int column) {
+        const u32 target = ring.first + a.buffers_at + (warp() * BUFFERS + turn) * BUFFER_BYTES;
+        // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
+        const u32 line = lane() & 15, unit = lane() >> 4;
+        turn = (turn + 1) % BUFFERS;
+        if (lane() == 0) wait_for_store_reads<BUFFERS - 1>();
         __syncwarp();
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const float* v = c + (box * 4 + pair) * 8;
-            store_matrices(buffer + line * 128 + (unit ^ (2 * pair)) * 16, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
-                           pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        for (int i = 0; i < BOX_COLUMNS / 16; ++i) {
+            const u32 place = BOX_COLUMNS == 64 ? swizzled_unit(unit, line) ^ (2 * i) : unit + 2 * i;
+            store_matrices(target + line * (BOX_COLUMNS * 2) + place * 16, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
         }
         fence_shared_for_copies();
         __syncwarp();
-        if (lane == 0) {
-            store_box(&a.out_map, column + box * 64, row, buffer);
+        if (lane() == 0) {
+            store_box(&a.out_map, column, row, target);
             commit_stores();
         }
     }
-}
 
-static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, const Rank& rank, u32 buffers) {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    buffers += (group * 4 + warp) * 2 * BUFFER_BYTES;
-    const Output output = {a.out, a.m, a.n, a.out_float32 != 0, a.pairs != 0};
-    Place place = {0, 0};
-    u32 turn = 0;
-    for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
-        const Work work(a, index, rank);
-        float c[TILE_N / 2];
-        int before = 0;
-        for (int stage = 0; stage < work.stages; ++stage) {
-            barrier_wait(ring.full + place.slot * 8, place.parity);
-            products_fence();
+    __device__ __forceinline__ void run() {
+        u32 pairs[BOXES > 0 ? BOXES * BOX_PAIRS : 1];
+        int row = 0, column = 0;
+        bool left = false;  // whether the pairs are still to be stored, at row and column
+        for (int index = blockIdx.x / CLUSTER; index < Work::count(a); index += gridDim.x / CLUSTER) {
+            const Work work(a, index, rank);
+            float c[TILE_N / 2];
 #pragma unroll
-            for (int line = 0; line < LINES; ++line) {
-                const u64 x = operand_descriptor(ring.x(place.slot, line) + group * 64 * 128);
-                const u64 weight = operand_descriptor(ring.weight(place.slot, line));
-#pragma unroll
-                for (int step = 0; step < LINE / 16; ++step)
-                    multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, stage > 0 || line > 0 || step > 0);
+            for (int box = 0; box < BOXES; ++box) {
+                multiply(c, box == 0);
+                if (left) store(pairs + box * BOX_PAIRS, row, column + box * BOX_COLUMNS);
             }
-            commit_products();
-            wait_for_products<1>();  // the stage before has been read
-            if (stage > 0) release(ring, rank, before);
-            before = place.slot;
-            place.advance(ring.depth);
-        }
-        wait_for_products<0>();
-        release(ring, rank, before);
+#pragma unroll 1
+            for (int stage = BOXES; stage < work.stages; ++stage) multiply(c, stage == 0);
+            wait_for_products<0>();
+            release(before);
 
-        const int row = work.tile_m + group * 64 + warp * 16;
-        if (BOX_STORE)
-            store_boxes(a, c, buffers, turn, row, work.tile_n);
-        else
-            output.store_rows<TILE_N>(work.slice, row, work.tile_n, c, lane);
+            row = work.tile_m + warp() * 16, column = work.tile_n;
+            if (BOX_STORE) {
+#pragma unroll
+                for (int i = 0; i < BOXES * BOX_PAIRS; ++i) pairs[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
+                left = true;
+            } else {
+                const Output output = {a.out, a.m, a.n, a.out_float32 != 0, a.pairs != 0};
+                output.store_rows<TILE_N>(work.slice, row, column, c, lane());
+            }
+        }
+#pragma unroll
+        for (int box = 0; box < BOXES; ++box) store(pairs + box * BOX_PAIRS, row, column + box * BOX_COLUMNS);
+        if (BOX_STORE && lane() == 0) wait_for_stores();
     }
-    if (BOX_STORE && lane == 0) wait_for_stores();
-}
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -280,16 +307,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     const Rank rank;
     const Bringer bringer = {a, ring, rank};
     const Work first(a, blockIdx.x / CLUSTER, rank);
-    int stages = 0;  // on their way
+    const int early = min(bringer.ahead(first), 2);
 
-    let_next_kernel_begin();
+    begin_as_dependent(a.weights_ready);
     if (threadIdx.x == 0) {
         fetch_tensor_map(&a.weight_map);
         fetch_tensor_map(&a.x_map);
-        if (CLUSTER == 1) stages = bringer.fill(first);
 #pragma unroll 1
-        for (int slot = stages; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
+        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
         barrier_init_fence();
+        // in a cluster others have to know the barriers first; all of the ring before the CTA meets would let it wait
+        if (CLUSTER == 1) bringer.fill(first, 0, early);
     } else if (threadIdx.x == 32) {
 #pragma unroll 1
         for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.empty + slot * 8, CONSUMERS * SENDERS);
@@ -297,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     }
     __syncwarp();
     if (CLUSTER > 1)
-        sync_cluster();
+        meet_cluster();
     else
         __syncthreads();
 
@@ -305,16 +333,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     if (threadIdx.x < 128) {
         if (CONSUMERS > 1) give_registers_back<40>();
         if (threadIdx.x == 0) {
-            if (CLUSTER > 1) stages = bringer.fill(first);
-            bringer.go_on(first, stages);
+            bringer.fill(first, CLUSTER > 1 ? 0 : early, bringer.ahead(first));
+            bringer.follow(first);
+            bringer.go_on(first, bringer.ahead(first));
         }
     } else {
         if (CONSUMERS > 1) take_registers<232>();
         wait_for_previous_kernel();
-        multiply(a, ring, rank, shared + a.buffers_at);
-    }
-    if (CLUSTER > 1) {
-        __syncwarp();
-        sync_cluster();  // nobody leaves while others still send to its shared memory
+        Consumer{a, ring, rank, {0, 0}, 0, 0}.run();
     }
 }

@@ -40,7 +40,7 @@ struct Arguments {
     int rings_at, x_at, sums_at;  // bytes from the start of dynamic shared memory; barriers come first
     int out_float32;
     int pairs;                    // two neighbouring outputs may be stored at once
-    int programmatic;             // launched as a dependent: only weights may be touched before the previous kernel ends
+    int weights_ready;            // weights, and they alone, may be touched before the previous kernel ends
     const u16* x;
     const u16* weight;
     void* out;
@@ -277,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) linear_small_m(cons
 
     // x first, ahead of the long queue of weights, unless the kernel before this one still has to write it. A ring's barriers are
     // its warp's alone, and x's are not waited for before the CTA meets: copies need not wait either.
-    let_next_kernel_begin();
     if (TENSOR_COPY && threadIdx.x == 0) fetch_tensor_map(&a.weight_map);
+    begin_as_dependent(a.weights_ready);
     if (multiplies) {
         if (RESIDENT && warp == 0) {
             if (lane == 0) {
@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) linear_small_m(cons
                 barrier_init_fence();
             }
             __syncwarp();
-            if (!a.programmatic) copy_resident_x();
+            if (!a.weights_ready) copy_resident_x();
         }
 #pragma unroll 1
         for (int slot = 0; slot < a.depth; ++slot) {
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) linear_small_m(cons
             barrier_init(x_empty + slot * 8, a.warps * CLUSTER);
         }
         barrier_init_fence();
-        if (CLUSTER == 1 && !a.programmatic) x_stream.bring(a, a.x_depth);
+        if (CLUSTER == 1 && !a.weights_ready) x_stream.bring(a, a.x_depth);
     }
     __syncwarp();
     if (CLUSTER > 1)
@@ -312,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) linear_small_m(cons
     else
         __syncthreads();
     wait_for_previous_kernel();
-    if (RESIDENT && warp == 0 && a.programmatic) copy_resident_x();
+    if (RESIDENT && warp == 0 && a.weights_ready) copy_resident_x();
 
     if (!multiplies) {
         if (!RESIDENT && lane == 0) x_stream.bring(a, x_stream.left);

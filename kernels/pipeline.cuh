@@ -52,6 +52,15 @@ CUFUSE_INLINE bool barrier_test(u32 barrier, u32 parity) {
     return done != 0;
 }
 
+// The same question without waiting for the answer to change (try_wait may do so for a while).
+CUFUSE_INLINE bool barrier_completed(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done != 0;
+}
+
 CUFUSE_INLINE void barrier_wait(u32 barrier, u32 parity) {
     while (!barrier_test(barrier, parity)) {
     }

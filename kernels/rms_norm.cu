@@ -26,8 +26,8 @@
 //
 // Which to take, K a multiple of 8 and bfloat16 throughout (CHUNK 8 with DIRECT 0):
 //   torch-mean, 1 to 7 rows (T = 128 to 512), or K >= 8161     DIRECT 1, GROUP = T, CHUNK 4
-//   torch-mean, 8 rows or more (T = 64, 32), K > 2048          DIRECT 0, GROUP 256
-//   torch-mean, 16 rows or more, K <= 2048, so head norms      DIRECT 1, GROUP 32, ROWS 4 or 8, CHUNK 4
+//   torch-mean, 8 rows or more (T = 64, 32), K > 1024          DIRECT 0, GROUP 128 to 256: two chunks a thread
+//   torch-mean, 16 rows or more, K <= 1024, so head norms      DIRECT 1, GROUP 32, ROWS 4 or 8, CHUNK 4
 //   torch-rms-norm, vllm, flashinfer                           DIRECT 1, GROUP = T, CHUNK = V; one warp: ROWS 4 or 8
 //   all others (vllm-add: half its threads idle), other K      DIRECT 0, GROUP 256; CHUNK as large as K allows
 #include "launches.cuh"

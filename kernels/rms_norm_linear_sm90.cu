@@ -15,6 +15,9 @@
 //           bring them into the ring beside the weight. A CTA that has waited long normalises what is missing itself: the bits are
 //           the same whoever does it, and no order in which CTAs begin can make them wait for ever.
 //
+// CLUSTER 2, 4 or 8: what an attention layer does with the heads follows in the same launch, head_parts.cuh; there are as many tiles
+// as CTAs, and `out` is not written. CLUSTER 0: not so.
+//
 // Layouts: x, residual, total [m, K] with unit stride in a row; weight of the norm [K]; normalised [m, K]; weight [n, K], rows a
 // multiple of 16 bytes apart; out [m, n]. Rows are read 16 bytes at a time. Types: x, residual bfloat16 (RESIDUAL_FLOAT32: float32);
 // the norm's weight float32 where WEIGHT_FLOAT32. ready: two words that are zero before the first launch, and after each.
@@ -25,21 +28,23 @@
 #define SUM_BARRIER() sync_threads(1, GROUP)
 #include "wgmma.cuh"
 #include "outputs.cuh"
-#include "norm.cuh"
-#include "residual.cuh"
+#include "one_row.cuh"
 #include "ring.cuh"
-
-typedef Element<WEIGHT_FLOAT32 != 0>::type W;
+#if CLUSTER > 0
+#include "cluster_stores.cuh"
+#include "head_parts.cuh"
+#endif
 
 constexpr int LINE = 64, LINES = TILE_K / LINE;  // k in a line of 128 bytes
-constexpr int CHUNK = 8, CHUNKS = COLUMNS / CHUNK, STEPS = (CHUNKS + GROUP - 1) / GROUP;
 constexpr int STAGES = (COLUMNS + TILE_K - 1) / TILE_K;
-constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;
 constexpr bool LOCAL = ROWS > 0, RESIDENT = ROWS > 1;
+// 64 k of the weight, of y wherever it is, and all of a stage
+constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128, X_LINE_BYTES = (LOCAL ? ROWS : X_ROWS) * 128;
+constexpr u32 STAGE_BYTES = LINES * (WEIGHT_LINE_BYTES + (LOCAL ? 0 : X_LINE_BYTES));
 // rows come in pieces, so that sums begin before all is there
 constexpr int PIECE_LINES = (COLUMNS / LINE + 3) / 4, PIECES = RESIDENT ? (COLUMNS / LINE + PIECE_LINES - 1) / PIECE_LINES : 0;
 constexpr u32 PIECE_BYTES = PIECE_LINES * ROWS * 128;
-constexpr int CONSUMERS = 128, THREADS = GROUP + 32;
+constexpr int CONSUMERS = 128, WARPS = GROUP / 32, THREADS = GROUP + 32;
 // Named barriers, beside SUM_BARRIER's. None has all threads of the block: tools take such a one for __syncthreads, which no branch
 // may part.
 constexpr int ROWS_ASKED_FOR = 2, ROWS_THERE = 3;  // warp 0 says so to warp 8
@@ -58,7 +63,6 @@ struct Arguments {
     long long x_stride, residual_stride, total_stride;
     float mean_operand, eps;
     int m, n, tiles;
-    int x_rows;   // rows of y in a stage: m, rounded up to a multiple of 8
     int depth;    // stages of the ring
     int pairs;    // two neighbouring outputs may be stored at once
     int early_stages;  // whose weights are fetched before the kernels in front of this one have ended
@@ -66,55 +70,27 @@ struct Arguments {
     int ahead_stages;  // RESIDENT: of these, asked for before the rows
     int barriers_at, row_at, y_at;  // bytes from the start of dynamic shared memory
     TensorMap weight_map, x_map;    // x_map: of x (RESIDENT) or of normalised
+#if CLUSTER > 0
+    HeadArguments heads;
+#endif
 };
 
 // The ring: a stage has LINES pieces of y (unless LOCAL), then LINES pieces of the weight.
 struct Ring {
-    u32 first, full, empty, pieces, x_line_bytes, stage_bytes;
+    u32 first, full, empty, pieces;
 
     __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
         : first(shared + PIECES * PIECE_BYTES), full(shared + a.barriers_at), empty(full + a.depth * 8),
-          pieces(empty + a.depth * 8), x_line_bytes(LOCAL ? 0 : a.x_rows * 128),
-          stage_bytes(LINES * (x_line_bytes + WEIGHT_LINE_BYTES)) {}
-    __device__ __forceinline__ u32 x(int slot, int line) const { return first + slot * stage_bytes + line * x_line_bytes; }
-    __device__ __forceinline__ u32 weight(int slot, int line) const { return x(slot, LINES) + line * WEIGHT_LINE_BYTES; }
+          pieces(empty + a.depth * 8) {}
+    __device__ __forceinline__ u32 x(int slot) const { return first + slot * STAGE_BYTES; }
+    __device__ __forceinline__ u32 weight(int slot) const { return x(slot) + (LOCAL ? 0 : LINES * X_LINE_BYTES); }
 };
 
-// A row's loads, all on their way at once.
-struct Row {
-    Pack<X, CHUNK> x[STEPS];
-    Pack<R, CHUNK> residual[RESIDUAL != 0 ? STEPS : 1];
-    Pack<W, CHUNK> weight[STEPS];
-
-    __device__ __forceinline__ void read(const Arguments& a, int row) {
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            const int chunk = threadIdx.x + i * GROUP;
-            if (chunk >= CHUNKS) break;
-            x[i] = load<CHUNK>(a.x + row * a.x_stride, chunk);
-            if (RESIDUAL != 0) residual[RESIDUAL != 0 ? i : 0] = load<CHUNK>(a.residual + row * a.residual_stride, chunk);
-            weight[i] = load<CHUNK>(a.norm_weight, chunk);
-        }
-    }
-    // By warps 0 to 7. y: K bfloat16 in global or shared memory; total: null if another CTA stores it.
-    __device__ __forceinline__ void normalise(const Arguments& a, unsigned char* shared_row, Total* total, u16* y) const {
-        float* scratch = reinterpret_cast<float*>(shared_row);
-        Z* stage = reinterpret_cast<Z*>(shared_row + (SUM_SCRATCH * 4 + 15) / 16 * 16);
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            const int chunk = threadIdx.x + i * GROUP;
-            if (chunk < CHUNKS) store(stage, chunk, add_residual<CHUNK>(x[i], residual[RESIDUAL != 0 ? i : 0], total, chunk));
-        }
-        SUM_BARRIER();
-        const float r = reciprocal_root(sum_of_row(stage, 0, scratch), a.mean_operand, a.eps);
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            const int chunk = threadIdx.x + i * GROUP;
-            if (chunk >= CHUNKS) break;
-            store(y, chunk, weighted<u16>(load<CHUNK>(stage, chunk), weight[i], r));
-        }
-    }
-};
+// Warps 0 to 7: row r into registers.
+static __device__ __forceinline__ void read_row(Row& row, const Arguments& a, int r) {
+    row.read(a.x + r * a.x_stride, RESIDUAL != 0 ? a.residual + r * a.residual_stride : nullptr);
+    row.read_weight(a.norm_weight);
+}
 
 static __device__ __forceinline__ Total* total_of(const Arguments& a, int row) {
     return RESIDUAL != 0 ? a.total + row * a.total_stride : nullptr;
@@ -124,7 +100,7 @@ static __device__ __forceinline__ Total* total_of(const Arguments& a, int row) {
 static __device__ __forceinline__ void share_rows(const Arguments& a, Row& row, unsigned char* shared_row, volatile u64* seen) {
     const int own = blockIdx.x;
     if (own < a.m) {
-        row.normalise(a, shared_row, total_of(a, own), a.normalised + (long long)own * COLUMNS);
+        row.normalise(a.mean_operand, a.eps, shared_row, total_of(a, own), a.normalised + (long long)own * COLUMNS);
         fence_global_for_copies();
         SUM_BARRIER();
         if (threadIdx.x == 0) publish_bits(a.ready, 1ull << own);
@@ -140,9 +116,9 @@ static __device__ __forceinline__ void share_rows(const Arguments& a, Row& row, 
     if (missing != 0) {
         for (int r = 0; r < a.m; ++r) {
             if (!(missing >> r & 1)) continue;
-            row.read(a, r);
+            read_row(row, a, r);
             SUM_BARRIER();  // the row before has been read
-            row.normalise(a, shared_row, total_of(a, r), a.normalised + (long long)r * COLUMNS);
+            row.normalise(a.mean_operand, a.eps, shared_row, total_of(a, r), a.normalised + (long long)r * COLUMNS);
             fence_global_for_copies();
         }
         SUM_BARRIER();
@@ -163,7 +139,7 @@ static __device__ __forceinline__ void normalise_in_place(const Arguments& a, co
     constexpr bool READ_TWICE = RESIDUAL == 0 && COLUMNS / 32 + SumByWarp::SETS * (SUM_ONE_CHAIN ? 1 : 4) > 160;
     const int lane = threadIdx.x % 32, line = lane * V / LINE, in_line = lane * V % LINE * 2;
 #pragma unroll 1
-    for (int row = threadIdx.x / 32; row < a.m; row += GROUP / 32) {
+    for (int row = threadIdx.x / 32; row < a.m; row += WARPS) {
         unsigned char* own = y + (line * ROWS + row) * 128 + (in_line ^ (row & 7) << 4);
         Total* total = blockIdx.x == 0 ? total_of(a, row) : nullptr;
         Pack<R, V> residual[RESIDUAL != 0 ? STEPS : 1];
@@ -204,11 +180,11 @@ struct Bringer {
 
     __device__ __forceinline__ void bring_weight(int tile, int stage, int slot) const {
         const u32 barrier = ring.full + slot * 8;
-        barrier_arrive_expecting(barrier, ring.stage_bytes);  // zeros from outside the tensors count too
-        copy_box(ring.weight(slot, 0), &a.weight_map, 0, tile * TILE_N, stage * LINES, barrier, EVICT_FIRST);
+        barrier_arrive_expecting(barrier, STAGE_BYTES);  // zeros from outside the tensors count too
+        copy_box(ring.weight(slot), &a.weight_map, 0, tile * TILE_N, stage * LINES, barrier, EVICT_FIRST);
     }
     __device__ __forceinline__ void bring_x(int stage, int slot) const {
-        if (!LOCAL) copy_box(ring.x(slot, 0), &a.x_map, 0, 0, stage * LINES, ring.full + slot * 8, EVICT_NORMAL);
+        if (!LOCAL) copy_box(ring.x(slot), &a.x_map, 0, 0, stage * LINES, ring.full + slot * 8, EVICT_NORMAL);
     }
     // RESIDENT: all rows of x to where y will be, and the norm's weight with the last piece of them.
     __device__ __forceinline__ void bring_rows(u32 y, u32 norm_weight) const {
@@ -239,36 +215,46 @@ struct Bringer {
     }
 };
 
-static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, u32 y) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Output output = {a.out, a.m, a.n, false, a.pairs != 0};
+// By warps 0 to 3; store(first row, tile, accumulators) gets what each warp has made.
+template <class Store>
+static __device__ __forceinline__ void multiply(const Arguments& a, const Ring& ring, u32 y, Store store) {
+    const int warp = threadIdx.x / 32;
     Place place = {0, 0};
+    // descriptors go on by additions alone: what they are made of costs more instructions than the products
+    const u64 first_weight = operand_descriptor(ring.weight(0));
+    const u64 first_y = ROWS == 1 ? row_descriptor(y) : operand_descriptor(RESIDENT ? y : ring.x(0));
+    u64 weight = first_weight, resident = first_y;
+    u32 full = ring.full, empty = ring.empty;
+    asm volatile("" : "+r"(full), "+r"(empty));  // or they are computed again for every stage
     for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
         float c[TILE_N / 2];
         int before = 0;
+        resident = first_y;
+#pragma unroll 1
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_wait(ring.full + place.slot * 8, place.parity);
+            barrier_wait(full + place.slot * 8, place.parity);
             products_fence();
+            const u64 x = LOCAL ? resident : weight - LINES * X_LINE_BYTES / 16;
 #pragma unroll
             for (int line = 0; line < LINES; ++line) {
                 // y ends with K, and the weight of the stage's rest is zero
                 if (LOCAL && COLUMNS % TILE_K != 0 && stage * LINES + line >= COLUMNS / LINE) break;
-                const u32 y_line = y + (stage * LINES + line) * ROWS * 128;
-                const u64 x = ROWS == 1 ? row_descriptor(y_line) : operand_descriptor(RESIDENT ? y_line : ring.x(place.slot, line));
-                const u64 weight = operand_descriptor(ring.weight(place.slot, line));
 #pragma unroll
                 for (int step = 0; step < LINE / 16; ++step)
-                    multiply_tiles<TILE_N>(c, x + 2 * step, weight + 2 * step, stage > 0 || line > 0 || step > 0);
+                    multiply_tiles<TILE_N>(c, x + (line * X_LINE_BYTES / 16 + 2 * step), weight + (line * WEIGHT_LINE_BYTES / 16 + 2 * step),
+                                           stage > 0 || line > 0 || step > 0);
             }
             commit_products();
             wait_for_products<1>();  // the stage before has been read
-            if (stage > 0 && threadIdx.x == 0) barrier_arrive(ring.empty + before * 8);
+            if (stage > 0 && threadIdx.x == 0) barrier_arrive(empty + before * 8);
             before = place.slot;
             place.advance(a.depth);
+            weight = place.slot == 0 ? first_weight : weight + STAGE_BYTES / 16;
+            resident += LINES * X_LINE_BYTES / 16;
         }
         wait_for_products<0>();
-        if (threadIdx.x == 0) barrier_arrive(ring.empty + before * 8);
-        output.store_rows<TILE_N>(0, warp * 16, tile * TILE_N, c, lane);
+        if (threadIdx.x == 0) barrier_arrive(empty + before * 8);
+        store(warp * 16, tile, c);
     }
 }
 
@@ -277,19 +263,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
     const u32 shared = shared_address(memory);
     const Ring ring(a, shared);
     const Bringer bringer = {a, ring};
+    // the first lane's, so that the compiler sees that the warp is of one mind
+    const int warp = (int)__shfl_sync(0xffffffffu, (float)(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+#if CLUSTER > 0
+    const HeadParts<WARPS> parts = {a.heads, memory + a.heads.at, ring.pieces + PIECES * 8, a.m, a.eps};
+    if (threadIdx.x == GROUP) parts.begin();
+    __syncwarp();
+    arrive_at_cluster();
+#endif
 
     // With weights that are read so early the next kernel's may be read as early. Without, it begins when all before this one have
     // ended, so that what they wrote is there for it.
     const bool next_begins_early = a.early_stages > 0;
     if (next_begins_early) let_next_kernel_begin();
     unsigned char* row_memory = memory + a.row_at;
-    if (threadIdx.x >= GROUP) {
+    if (warp == WARPS) {
         const bool sends = threadIdx.x == GROUP;
         if (sends) {
             fetch_tensor_map(&a.weight_map);
             if (ROWS != 1) fetch_tensor_map(&a.x_map);
         }
-        for (int i = threadIdx.x % 32; i < 2 * a.depth + PIECES; i += 32) barrier_init(ring.full + i * 8, 1);
+        for (int i = lane; i < 2 * a.depth + PIECES; i += 32) barrier_init(ring.full + i * 8, 1);
         barrier_init_fence();
         __syncwarp();
         if (sends) bringer.fill(0, a.early_stages);
@@ -311,6 +305,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
             __syncwarp();
             sync_threads(ROWS_THERE, 64);
         }
+#if CLUSTER > 0
+        wait_for_cluster();
+#endif
         if (sends) {
             if (ROWS == 0) {
                 fence_global_for_copies();
@@ -321,24 +318,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
         }
         return;
     }
-    if (RESIDENT) sync_threads(BARRIERS_THERE + threadIdx.x / CONSUMERS, 32 + CONSUMERS);
+    if (RESIDENT) sync_threads(BARRIERS_THERE + warp / 4, 32 + CONSUMERS);
     wait_for_previous_kernel();
 #if ROWS > 1
     normalise_in_place(a, ring, memory + a.y_at, reinterpret_cast<const W*>(row_memory));
 #else
     Row row;
-    if (LOCAL || blockIdx.x < a.m) row.read(a, LOCAL ? 0 : blockIdx.x);
-    if (threadIdx.x < 32) arrive_threads(ROWS_ASKED_FOR, 64);
+    if (LOCAL || blockIdx.x < a.m) read_row(row, a, LOCAL ? 0 : blockIdx.x);
+    if (warp == 0) arrive_threads(ROWS_ASKED_FOR, 64);
     if (LOCAL) {
-        row.normalise(a, row_memory, blockIdx.x == 0 ? total_of(a, 0) : nullptr, reinterpret_cast<u16*>(memory + a.y_at));
+        row.normalise(a.mean_operand, a.eps, row_memory, blockIdx.x == 0 ? total_of(a, 0) : nullptr,
+                      reinterpret_cast<u16*>(memory + a.y_at));
         fence_shared_for_copies();
         SUM_BARRIER();
     } else {
         share_rows(a, row, row_memory, reinterpret_cast<u64*>(memory + a.y_at));
     }
-    if (threadIdx.x < 32) arrive_threads(ROWS_THERE, 64);
+    if (warp == 0) arrive_threads(ROWS_THERE, 64);
     if (ROWS == 0 && threadIdx.x == GROUP - 1) clear_words(a.ready);  // a thread that nobody waits for
-    if (threadIdx.x < CONSUMERS) sync_threads(BARRIERS_THERE, 32 + CONSUMERS);
+    if (warp < CONSUMERS / 32) sync_threads(BARRIERS_THERE, 32 + CONSUMERS);
 #endif
-    if (threadIdx.x < CONSUMERS) multiply(a, ring, shared + a.y_at);
+#if CLUSTER > 0
+    if (warp / 4 == 1) parts.bring(warp - 4);
+    wait_for_cluster();
+    if (warp < CONSUMERS / 32)
+        multiply(a, ring, shared + a.y_at, [&](int row, int, const float (&c)[TILE_N / 2]) { parts.send(row, c, lane); });
+    __syncwarp();
+    parts.finish();
+#else
+    const Output output = {a.out, a.m, a.n, false, a.pairs != 0};
+    if (warp < CONSUMERS / 32)
+        multiply(a, ring, shared + a.y_at, [&](int row, int tile, const float (&c)[TILE_N / 2]) {
+            output.store_rows<TILE_N>(0, row, tile * TILE_N, c, lane);
+        });
+#endif
 }

@@ -64,7 +64,8 @@ def candidates(m: int, n: int, k: int) -> dict[str, Any]:
     if m <= 256:
         for clusters in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4)):
             if m > 128 or clusters[0] == 1:
-                found |= {f"wg {w} {clusters[0]}x{clusters[1]}": Group(2, w, *clusters) for w in (48, 64, 96, 128)}
+                widths = (64, 96, 128, 160)
+                found |= {f"wg {w} {clusters[0]}x{clusters[1]} boxes": Group(2, w, *clusters, True) for w in widths}
         return found
     shapes = ((256, 2, 1, True), (256, 1, 2, True), (256, 1, 1, True), (256, 2, 1, False), (128, 2, 1, True), (192, 2, 1, True))
     return found | {f"wg {w} {a}x{b}{' boxes' if box else ''}": Group(2, w, a, b, box) for w, a, b, box in shapes}
@@ -125,7 +126,7 @@ class Bench:
                 torch.mm(self.x, self.weights[index].t(), out=self.out)
             else:
                 with ours:
-                    options = {"configuration": configuration, "programmatic": label.endswith("+")}
+                    options = {"configuration": configuration, "weights_ready": label.endswith("+")}
                     _gpu_linear.linear(self.our_x, self.ours[index], self.our_out, **options)
 
         with torch.cuda.stream(stream):

@@ -64,6 +64,9 @@ class Prepared:
     def __init__(self, library: ctypes.CDLL, shape: tuple[int, ...], seed: int) -> None:
         self.library, self.shape, self.seed = library, shape, seed
 
+    def clusters_at_once(self) -> int:
+        return self.shape[0] // self.shape[2]
+
     def bound(self, arguments: bytes, stream: int) -> Any:
         return lambda: self(arguments)
 

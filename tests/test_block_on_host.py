@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_linear, _gpu_qkv, _gpu_qkv_chain, _gpu_qkv_steps, launch
+from cufuse import _gpu_linear, _gpu_norm_linear, _gpu_qkv, _gpu_qkv_chain, _gpu_qkv_steps, launch
 from cufuse.bf16 import bfloat16
 from tests import host_gpu, linear_on_host
 from tests.golden import inputs
@@ -123,6 +123,7 @@ def test_few_rows_in_one_launch(
 ) -> None:
     """Norm and projection in one kernel: one row in every CTA, or a row in each; several tiles a CTA, stages that end with K."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(_gpu_norm_linear, "_WITH_HEADS", 0)
     recipe = RECIPES["torch"]
     gpu.launched.clear()
     gpu.tensor_cores.launched.clear()
@@ -149,6 +150,7 @@ def test_few_rows_in_every_cta(
 ) -> None:  # fmt: skip
     """A warp a row in each order of a sum, two rows a warp, pieces of unequal length."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(_gpu_norm_linear, "_WITH_HEADS", 0)
     gpu.tensor_cores.launched.clear()
     for seed, changed in ((1, {}), (2, {"residual": None, "static_weights": True})):
         gpu.tensor_cores.seed = seed
@@ -166,6 +168,7 @@ def test_few_rows_in_every_cta(
 )
 def test_faults_in_few_rows_are_noticed(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(_gpu_norm_linear, "_WITH_HEADS", 0)
     given = block(RECIPES["torch"], tokens=(9,), dimensions=128, hidden=192) | {"residual": None}
     expected = cufuse.rms_norm_qkv(**given)
 

@@ -235,6 +235,30 @@ def test_static_weights_leave_the_rest_to_the_call_before(count: int) -> None:
                 demand_same("block, chained", one, other, f"{count} tokens, call {number}, {name}")
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("size", ["0.6B", "4B", "32B"])
+def test_many_rows_replayed(size: str, static: bool) -> None:
+    """Last tiles of rows that are not whole, other tokens at each replay of one graph."""
+    model, peer = MODELS[size], Peer(MODELS[size])
+    for count, residual in ((1025, True), (2050, False), (6000, True)):
+        x, rotation = model.tokens(count), tables(count)
+        added = model.tokens(count, seed=1) if residual else None
+        outs = tuple(poisoned((count, rows // HEAD, HEAD)) for rows in model.rows)
+        total = poisoned(x.shape) if residual else None
+        options: dict[str, Any] = {"heads": model.heads, "eps": EPS, "residual": added, "static_weights": static}
+        options["out"] = (*outs, total) if residual else outs
+        graph, stream = gpu_support.captured(partial(cufuse.rms_norm_qkv, *model.given(x), **rotation, **options))
+        for turn in range(4):
+            codes(x)[...] = codes(model.tokens(count, seed=10 + turn))
+            gpu_support.cupy().cuda.Device().synchronize()
+            graph.launch(stream)
+            stream.synchronize()
+            expected = peer("packed", x, rotation["cos"], rotation["sin"], added)
+            for name, one, other in zip(("q", "k", "v", "residual"), (*outs, total), expected, strict=False):
+                demand_same("block, replayed", one, other, f"{size}, {count} tokens, turn {turn}, {name}")
+    model.forget()
+
+
 def test_static_weights_that_a_call_has_just_written_are_not_promised() -> None:
     """Without the promise the weights may be written by the kernel in front of the call."""
     gpu, model = gpu_support.cupy(), MODELS["4B"]

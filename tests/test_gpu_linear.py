@@ -207,18 +207,38 @@ def test_graph_and_stream() -> None:
 
 
 def test_programmatic_launches() -> None:
-    """A chain in which each product begins before the one that writes its x has ended."""
+    """A chain in which each product begins before the one that writes its x has ended, with weights read early or not."""
     gpu = gpu_support.cupy()
     for m in (1, 8, 40, 128):
         weights = [values((4096, 4096), seed, scale=1 / 64) for seed in range(6)]
         chains = []
-        for programmatic in (False, True):
+        for apart, early in ((True, False), (False, False), (False, True)):
             buffers = [values((m, 4096), m), *(gpu.zeros((m, 4096), np.uint16).view(bfloat16) for _ in weights)]
-            for _ in range(20):
+            for _ in range(1 if apart else 20):
                 for index, weight in enumerate(weights):
-                    _gpu_linear.linear(buffers[index], weight, buffers[index + 1], programmatic=programmatic)
+                    _gpu_linear.linear(buffers[index], weight, buffers[index + 1], weights_ready=early)
+                    if apart:
+                        gpu.cuda.Device().synchronize()
             chains.append(buffers[-1])
-        demand_same("projection, dependent launches", chains[1], chains[0], f"M {m}")
+        for chain, what in zip(chains[1:], ("in a row", "weights early"), strict=True):
+            demand_same("projection, dependent launches", chain, chains[0], f"M {m}, {what}")
+
+
+def test_product_of_what_the_kernel_in_front_writes() -> None:
+    """x, and the weight itself, written by the kernel in front of the product."""
+    gpu = gpu_support.cupy()
+    for m in (1, 8, 40, 128):
+        x, weight = values((m, 4096), m), values((4096, 4096), 9, scale=1 / 64)
+        expected = product(x, weight)
+        given, copied = gpu.empty_like(x), gpu.empty_like(weight)
+        for _ in range(10):
+            codes(given).fill(0x7FC0)
+            codes(copied).fill(0x7FC0)
+            out = gpu.empty((m, 4096), bfloat16)
+            codes(copied)[...] = codes(weight)
+            codes(given)[...] = codes(x)
+            _gpu_linear.linear(given, copied, out)
+            demand_same("projection, dependent launches", out, expected, f"M {m}, operands just written")
 
 
 def test_thread_that_has_not_used_the_gpu() -> None:

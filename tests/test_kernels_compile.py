@@ -1,6 +1,9 @@
 """Every kernel compiles without a GPU, within the limits of the machines it is for; and the cache of machine code."""
 
+import concurrent.futures
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import stat
@@ -31,8 +34,22 @@ def targets_of(kernel: Kernel, kernels: tuple[Kernel, ...]) -> list[str]:
     return able[-1:] if "sm_90a" not in able else ["sm_90a"]
 
 
+def build(kernel: Kernel, target: str) -> None:
+    """Into the cache. What is wrong with the kernel is said where it is asked for again."""
+    with contextlib.suppress(KernelCompileError):
+        compiler.compile_kernel(kernel, target)
+
+
+def build_all(wanted: list[tuple[Kernel, str]]) -> None:
+    """By a process for each core."""
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        list(processes.map(build, *zip(*wanted, strict=True), chunksize=4))
+
+
 def test_every_kernel_fits_its_machines(kernels: tuple[Kernel, ...]) -> None:
     assert len({kernel.name for kernel in kernels}) == len(kernels)
+    if EVERYTHING:
+        build_all([(kernel, target) for kernel in kernels for target in targets_of(kernel, kernels)])
     for kernel in kernels:
         for target in targets_of(kernel, kernels):
             (row,) = launch.resource_table([target], [kernel])

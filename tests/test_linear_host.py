@@ -38,7 +38,7 @@ class Case:
     offset: int = 0
     x_dtype: Any = bfloat16
     out_dtype: Any = bfloat16
-    programmatic: bool = False
+    weights_ready: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def run(gpu: HostGpu, case: Case, seed: int = 1) -> tuple[np.ndarray, np.ndarray
     out = aligned((case.m, case.n), case.out_dtype)
     gpu.multiprocessors, gpu.seed = case.multiprocessors, seed
     _gpu_linear.linear(
-        Array(x), Array(weight), Array(out), case.k_slices, configuration=case.configuration, programmatic=case.programmatic
+        Array(x), Array(weight), Array(out), case.k_slices, configuration=case.configuration, weights_ready=case.weights_ready
     )
     dense = np.ascontiguousarray(x)
     operand = dense if case.x_dtype == bfloat16 else tensor_core.split_float32(dense)
@@ -85,7 +85,7 @@ WEIGHTS_ONCE = [
     Case(8, 333, 320, SMALL, multiprocessors=3, pad=8),
     Case(5, 1000, 512, k_slices=2, multiprocessors=2, out_dtype=np.float32),  # a warp walks both slices
     Case(3, 60, 576, k_slices=3),  # slices in warps of their own
-    Case(4, 130, 512, SMALL, programmatic=True, multiprocessors=3),
+    Case(4, 130, 512, SMALL, weights_ready=True, multiprocessors=3),
     Case(2, 80, 640, SmallM(8, 16, 256, True, boxes=False)),
     Case(30, 300, 3072, SmallM(32, 16, 256, False, cluster=2), multiprocessors=2),  # x's ring comes round, in a cluster
     Case(64, 400, 1216, SmallM(64, 16, 256, False, cluster=4)),
@@ -93,12 +93,13 @@ WEIGHTS_ONCE = [
 ]
 WARPGROUPS = [
     Case(5, 333, 1088, WarpgroupConfiguration(1, 24, tile_k=256), multiprocessors=3),
-    Case(20, 333, 4160, WarpgroupConfiguration(1, 40, 1, 2, tile_k=128), programmatic=True, multiprocessors=2),
+    Case(20, 333, 4160, WarpgroupConfiguration(1, 40, 1, 2, tile_k=128), weights_ready=True, multiprocessors=2),
     Case(130, 72, 136),
     Case(300, 520, 264, WarpgroupConfiguration(2, 256, 2, 1, True)),
     Case(300, 400, 320, WarpgroupConfiguration(2, 64, 2, 2), out_dtype=np.float32),
     Case(257, 200, 512, WarpgroupConfiguration(2, 64, 1, 1, True), pad=8, multiprocessors=3),  # tiles of one box
     Case(129, 321, 512, WarpgroupConfiguration(2, 160, 1, 2), k_slices=3),
+    Case(300, 328, 328, WarpgroupConfiguration(2, 160, 1, 1, True), multiprocessors=2),  # boxes of 32 columns
 ]
 ANYTHING = [
     Case(1, 1, 1),
@@ -137,12 +138,17 @@ def test_special_values_stay_in_their_rows_and_columns(gpu: HostGpu) -> None:
 
 # what is planted, in which case, and the text that it replaces
 FAULTS = {
-    "one staging buffer": (WARPGROUPS[5], "turn ^= 1;", ""),
+    "one staging buffer": (WARPGROUPS[5], "turn = (turn + 1) % BUFFERS;", ""),
+    "boxes of the next tile": (
+        WARPGROUPS[5],
+        "box * BOX_PAIRS, row, column + box * BOX_COLUMNS);\n            }",
+        "box * BOX_PAIRS, work.tile_m, column);\n            }",
+    ),
     "a stage freed too early": (WARPGROUPS[3], "wait_for_products<1>();", "wait_for_products<2>();"),
     "accumulators read too early": (WARPGROUPS[3], "wait_for_products<0>();", ""),
     "another order of k": (WARPGROUPS[3], "x + 2 * step, weight + 2 * step", "x + 2 * (3 - step), weight + 2 * (3 - step)"),
     "the wrong sender": (WARPGROUPS[1], "other < n ? other : other + 1", "other"),
-    "left before the others": (WARPGROUPS[1], "sync_cluster();  // nobody leaves", "//"),
+    "left before the others": (WARPGROUPS[1], "CLUSTER > 1 && slot < ring.depth", "false"),
     "x not waited for": (WEIGHTS_ONCE[6], "if (!RESIDENT) barrier_wait(x_full + x_place.slot * 8, x_place.parity);", ""),
     "weights not waited for": (WEIGHTS_ONCE[6], "barrier_wait(stream.barriers + place.slot * 8, place.parity);", ""),
     "a full ring refilled": (WEIGHTS_ONCE[6], "barrier_wait(empty + place.slot * 8, place.parity);", ""),

@@ -26,6 +26,12 @@ void barrier_wait(u32 barrier, u32 parity) {
     host::wait_until("barrier", [=] { return (host::barrier_at(barrier).phase & 1) != parity; });
 }
 
+// Others go on before the answer is given: whoever asks again and again waits for them.
+bool barrier_completed(u32 barrier, u32 parity) {
+    host::yield();
+    return (host::barrier_at(barrier).phase & 1) != parity;
+}
+
 static void host_arrived(u32 barrier, int block, u32 bytes) {
     auto& b = host::barrier_at(barrier, block);
     b.bytes -= bytes;
@@ -126,7 +132,25 @@ void sync_cluster() {
 }
 
 // cluster_stores.cuh
-void store_16_at(u32 shared, u32 rank, const float (&v)[4]) {
-    if (shared % 16) host::fail("store is not aligned to 16 bytes", shared);
-    std::memcpy(host::shared_at(shared, 16, (int)rank), v, 16);
+void arrive_at_cluster() {
+    auto& m = host::machine;
+    host::self().arrived_at = m.cluster.generation;
+    host::collective(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster arrival", nullptr,
+                     nullptr, [](auto&) {}, false);
+}
+void wait_for_cluster() {
+    const unsigned arrived_at = host::self().arrived_at;
+    host::wait_until("cluster barrier", [=] { return host::machine.cluster.generation != arrived_at; });
+}
+
+// addresses as address_in has them: the CTA's number from bit 24 on
+void send_4(u32 address, u32 word, u32 barrier) {
+    if (address % 4) host::fail("store is not aligned to 4 bytes", address);
+    const int block = (int)(address >> 24);
+    if (block != (int)(barrier >> 24)) host::fail("place and barrier are not in the same CTA");
+    if (host::machine.cluster.generation == host::self().arrived_at) host::fail("sent before the cluster has met");
+    host::later([=] {
+        std::memcpy(host::shared_at(address & 0xFFFFFF, 4, block), &word, 4);
+        host_arrived(barrier & 0xFFFFFF, block, 4);
+    });
 }

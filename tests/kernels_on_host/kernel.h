@@ -78,6 +78,7 @@ void barrier_arrive_expecting(u32 barrier, u32 bytes);
 void barrier_arrive(u32 barrier);
 void barrier_arrive_at(u32 barrier, u32 rank);
 void barrier_wait(u32 barrier, u32 parity);
+bool barrier_completed(u32 barrier, u32 parity);
 void copy_bytes(u32 shared, const void* global, u32 bytes, u32 barrier, u64 policy);
 void copy_box(u32 shared, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy);
 void copy_box(u32 shared, const TensorMap* map, int c0, int c1, int c2, u32 barrier, u64 policy);

@@ -31,6 +31,7 @@ struct Fiber {
     Index thread;
     void* stack = nullptr;
     Groups copies, stores;  // cp.async; stores of the copy engine
+    unsigned arrived_at = 0;  // the cluster's generation when it arrived there
     const char* waits_for = "";
 };
 
