@@ -49,7 +49,7 @@ class Plan:
 
     programmatic : the launch may begin before the kernel in front of it has ended, and waits for it before it reads anything.
     next_begins_early : the kernel behind this one need not wait for that either: it may begin as soon as all blocks have. Where
-        the multiprocessors do not hold all blocks, it waits nevertheless: its blocks would take the place of those to come.
+        the threads of all blocks do not fit onto the multiprocessors at once, it waits nevertheless: it was no quicker without.
     """
 
     __slots__ = ("_numbers", "_residual", "norm", "overlap", "prepared")

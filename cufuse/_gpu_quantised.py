@@ -199,7 +199,8 @@ class Plan:
         found = planning.plan(product, chosen, machine)
         if found is None:
             if product.slices > planning.MOST_SLICES:
-                raise ValueError(f"k_slices is {product.k_slices}; the kernels take {planning.MOST_SLICES} slices of K at most")
+                most = f"for {product.m} rows the kernels take at most {planning.MOST_SLICES}"
+                raise ValueError(f"k_slices is {product.k_slices}; {most}")
             raise ValueError(f"configuration {chosen} cannot take {product}")
         self.kernel = found.kernel
         self.workspace_bytes = product.workspace_bytes

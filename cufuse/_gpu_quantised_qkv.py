@@ -103,11 +103,13 @@ def rms_norm_qkv(
     kinds = tuple((weight.format.name, weight.layout) if isinstance(weight, QuantisedWeight) else None for weight in weights)
     key = (tuple(arrays), tuple(described), kinds, shape, eps, recipe, k_slices, static, device)
     with launch.on_device(device):
-        if key not in _calls:
+        try:
+            chain = _calls[key]
+        except KeyError:
+            chain = _chain(arrays, weights, shape, eps, recipe, k_slices, device, static)
             if len(_calls) >= _MOST_CALLS:
                 _calls.clear()
-            _calls[key] = _chain(arrays, weights, shape, eps, recipe, k_slices, device, static)
-        chain = _calls[key]
+            _calls[key] = chain
         if chain is None:
             return _one_by_one(inputs, weights, shape, eps, recipe, k_slices, results)
         _layout.Overlap(outs, given).check([one.data.ptr for one in (*results, *given.values())])

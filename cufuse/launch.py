@@ -180,8 +180,12 @@ class Prepared:
         grid, threads, smem, cluster, _ = self._shape
         config = _driver.launch_config(grid, threads, smem, 0, cluster, False)
         found = ctypes.c_int()
-        call = _driver.library().cuOccupancyMaxActiveClusters
-        _driver.check(call(ctypes.byref(found), self._function, ctypes.byref(config)), "cuOccupancyMaxActiveClusters")
+        call = functools.partial(_driver.library().cuOccupancyMaxActiveClusters, ctypes.byref(found), self._function)
+        status = call(ctypes.byref(config))
+        if status == _driver.INVALID_CONTEXT:
+            _make_context_current(self.device)
+            status = call(ctypes.byref(config))
+        _driver.check(status, "cuOccupancyMaxActiveClusters")
         return found.value
 
     def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
@@ -274,18 +278,20 @@ _growing = threading.Lock()
 def workspace(device: int, size: int, purpose: str = "") -> int:
     """Pointer to at least ``size`` bytes that belong to CuPy's current stream on ``device``, others for each ``purpose``.
 
-    Launches of one stream share it, one after the other. It only ever grows, and outgrown ones are kept, as are those of threads
-    (per-thread default streams) and streams that are gone: a captured graph holds their addresses. Graphs captured on one stream
-    must therefore not be replayed at the same time; nor graphs whose streams came one after the other, as CUDA gives the handle of
-    a stream that is gone to the next one (50 of 50 on an H200): keep the streams.
+    Launches of one stream share it, one after the other. It only ever grows, from 1 MiB on (64 KiB for a thread's default stream),
+    and outgrown ones are kept, as are those of threads (per-thread default streams) and streams that are gone: a captured graph
+    holds their addresses. Graphs captured on one stream must therefore not be replayed at the same time as each other or as calls
+    on that stream; nor graphs whose streams came one after the other, as CUDA gives the handle of a stream that is gone to the next
+    one (50 of 50 on an H200): keep the streams.
     """
     cupy = _cupy()
-    held = _workspaces.setdefault((device, current_stream(), purpose), [])
+    stream = current_stream()
+    held = _workspaces.setdefault((device, stream, purpose), [])
     with _growing:  # two threads on one stream would each append a block, and take the other's smaller one
         block = held[-1] if held else None
         if block is None or block.nbytes < size:
             with _driver.relaxed_capture():
-                block = cupy.empty(max(size, 2 * block.nbytes if block is not None else 1 << 20), "u1")
+                block = cupy.empty(max(size, 2 * block.nbytes if block is not None else 1 << (20 if stream >= 0 else 16)), "u1")
             held.append(block)
     return int(block.data.ptr)
 

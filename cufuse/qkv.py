@@ -71,7 +71,7 @@ def rms_norm_qkv(
     the recipe leaves them so. With cache_slots k and v are the caches.
 
     On a GPU nothing is allocated where out is given, and the call can be captured in a graph; graphs captured on one stream share
-    a workspace and must not be replayed at the same time.
+    a workspace with each other and with its calls: they must not be replayed at the same time as one of these.
 
     Special values, errors: as ``rms_norm``, ``linear`` and ``rope``.
     """

@@ -3,7 +3,7 @@
 //
 // CLUSTER neighbouring CTAs have whole heads between them. CTA t % CLUSTER of these finishes their heads of token t: each CTA sends
 // it its part, rounded to bfloat16, into shared memory, where a barrier counts the bytes, and there a warp takes a head, four
-// neighbouring columns a lane. Until then warps 4 to 7, which do not multiply, bring weights, tables and slots.
+// neighbouring columns a lane. Until then four other warps bring weights, tables and slots.
 //
 // y = x                                HEAD_NORM 0
 //     h * w, rounded to bfloat16       1: norm.cuh's macros

@@ -1,5 +1,5 @@
 // Programmatic dependent launch: kernels of a stream that begin before the one in front of them has ended (sm_90 on; nothing
-// on older targets, and nothing in an ordinary launch).
+// on older targets). An ordinary launch waits for nothing here; but it, too, may let a dependent behind it begin.
 //
 // A kernel of a chain waits before it touches what others write, in every block, also in one that has nothing to do: then a
 // kernel that has ended says that all before it have.

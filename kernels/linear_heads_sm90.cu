@@ -281,7 +281,7 @@ struct Consumer {
                 if (more) multiply(c, step == 0);
                 if (left) finish(step, last, pairs);
             }
-            last = Tile(a, index);
+            if (more) last = Tile(a, index);
             left = true;
 #pragma unroll 1
             for (int stage = STEPS; more && stage < a.stages; ++stage) multiply(c, false);

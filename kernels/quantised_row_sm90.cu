@@ -119,7 +119,7 @@ static __device__ __forceinline__ void keep_pace(Share& share, bool exists, u32 
     int stage = 0;
     if (exists) share.copy_stage(stage++, true);
     __syncwarp();
-    while (!barrier_completed(x_has_come, 0)) {
+    while (!__any_sync(0xffffffffu, barrier_completed(x_has_come, 0))) {  // the warp leaves as one
         if (exists && stage < DEPTH && barrier_completed(share.barriers + (stage - 1) * 8, 0)) share.copy_stage(stage++, true);
         __syncwarp();
     }

@@ -41,9 +41,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch, machines: HostGpu) -> Iterator[HostGpu]
         ("torch", 3, 128, 64, 2, {"residual": None}),
         ("torch-rms-norm", 16, 192, 16, 8, {"residual": None}),
         ("torch", 21, 192, 32, 4, {}),
-        ("torch", 64, 128, 64, 2, STILL),
+        ("torch", 64, 128, 16, 8, STILL),
         ("batch-invariant", 5, 128, 32, 4, BARE),
-        ("torch-rms-norm", 33, 128, 128, 2, {"static_weights": True}),
+        ("torch-rms-norm", 8, 128, 128, 2, {"static_weights": True}),
+        ("torch-rms-norm", 32, 128, 32, 4, {"static_weights": True}),
     ],
 )
 def test_heads_in_the_same_launch(
@@ -59,14 +60,13 @@ def test_heads_in_the_same_launch(
     assert all(f" by {cluster}, " in kernel.name for kernel in gpu.tensor_cores.launched)
 
 
-@pytest.mark.parametrize(("tokens", "cluster"), [(20, 8), (64, 8), (33, 4)])
+@pytest.mark.parametrize(("tokens", "cluster"), [(20, 8), (64, 8), (31, 4)])
 def test_short_rings(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int, cluster: int) -> None:
     """A ring of few stages that goes round several times."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1024)
     monkeypatch.setattr(_gpu_norm_linear, "_HEADS_WIDTHS", (128 // cluster,))
     monkeypatch.setattr(_gpu_norm_linear, "_ROOM", 170 * 1024)
     given = block(RECIPES["torch"], tokens=(tokens,), dimensions=128, hidden=1088) | {"residual": None}
-    given |= {"qkv_weight": np.ascontiguousarray(given["qkv_weight"][: 3 * 128]), "heads": 1}
     for seed in (1, 2):
         gpu.tensor_cores.seed = seed
         demand_block(given, f"seed {seed}")
@@ -96,6 +96,16 @@ def test_tiles_of_several_heads(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -
     demand_bits(found[0].host, q)
     assert not gpu.launched
     assert all("rotated by 8, " in kernel.name for kernel in gpu.tensor_cores.launched)
+
+
+def test_more_rows_than_tiles(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is its CTA's: tiles of whole heads would leave rows to nobody."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    given = block(RECIPES["torch"], tokens=(64,), dimensions=128) | {"residual": None}
+    demand_block(given, "64 tiles of 16 columns")
+    assert [kernel.source for kernel in gpu.launched] == ["heads.cu"]
+    demand_block(given | {"qkv_weight": np.ascontiguousarray(given["qkv_weight"][: 3 * 128]), "heads": 1}, "24 tiles")
+    assert {kernel.source for kernel in gpu.launched} == {"heads.cu", "rms_norm.cu"}
 
 
 def test_clusters_that_do_not_fit(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,28 @@ def test_launches_go_to_the_per_thread_default_stream_under_its_own_name(cupy: A
     assert streams == [7, 7, PER_THREAD, PER_THREAD]
 
 
+def test_a_thread_that_has_not_used_the_gpu_gets_its_context(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another thread has loaded the kernel: to launch, and to ask how many clusters fit."""
+    ready: list[int] = []
+
+    def called(*arguments: Any) -> int:
+        if not ready:
+            return _driver.INVALID_CONTEXT
+        if len(arguments) == 3:  # how many clusters
+            arguments[0]._obj.value = 66
+        return 0
+
+    driver = types.SimpleNamespace(cuLaunchKernelEx=called, cuOccupancyMaxActiveClusters=called)
+    monkeypatch.setattr(launch, "_load", lambda kernel, device: None)
+    monkeypatch.setattr(launch, "_make_context_current", ready.append)
+    monkeypatch.setattr(_driver, "library", lambda: driver)
+    prepared = launch.Prepared(Kernel("one", "one.cu", "one", (), 32), 3, (2, 1, 1), 32, 0, 2, False)
+    assert prepared.clusters_at_once() == 66 and ready == [3]
+    ready.clear()
+    prepared(b"")
+    assert ready == [3]
+
+
 class Launches:
     """In the launcher's place: who launched which kernel, in turn; a thread's first launch waits for the other thread's."""
 

@@ -227,6 +227,13 @@ def test_bits_of_the_emulation(gpu: HostGpu, case: Case) -> None:
 
 
 @needs_compiler
+def test_rows_that_fill_their_groups(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last tile there is no other, nor rows that a group of tiles could have."""
+    monkeypatch.setattr(_gpu_linear_heads, "_GROUP_ROWS", 1)
+    demand_case(gpu, NARROW)
+
+
+@needs_compiler
 def test_every_order_of_events_gives_the_same_bits(gpu: HostGpu) -> None:
     for seed in (2, 3, 4):
         demand_case(gpu, WIDE if seed == 2 else NARROW, seed)

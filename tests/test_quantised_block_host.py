@@ -183,7 +183,7 @@ def test_a_mistake_in_the_chain_is_not_hidden(gpu: HostGpu, monkeypatch: pytest.
     named = {name: bring(value) for name, value in given.items()}
     shapes = ((3, HEADS, D), (3, KV_HEADS, D), (3, KV_HEADS, D))
     outs = tuple(host_gpu.empty(shape, bfloat16) for shape in (*shapes, (3, 1024)))
-    with pytest.raises(ValueError, match="k_slices is 16; the kernels take 8 slices of K at most"):
+    with pytest.raises(ValueError, match="k_slices is 16; for 3 rows the kernels take at most 8"):
         cufuse.rms_norm_qkv(**named | {"k_slices": 16}, out=outs)
     monkeypatch.setattr(_gpu_qkv_chain.Chain, "_heads", lambda *arguments: int("planted"))
     with pytest.raises(ValueError, match="planted"):

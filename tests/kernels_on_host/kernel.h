@@ -50,6 +50,7 @@ inline auto max(A a, B b) -> decltype(a + b) { return (decltype(a + b))a < (decl
 float __shfl_sync(unsigned mask, float v, int lane);
 float __shfl_xor_sync(unsigned mask, float v, int offset);
 float __shfl_down_sync(unsigned mask, float v, int offset);
+int __any_sync(unsigned mask, int predicate);
 void __syncwarp();
 void __syncthreads();
 

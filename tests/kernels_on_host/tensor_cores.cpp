@@ -91,6 +91,16 @@ float __shfl_down_sync(unsigned, float v, int offset) {
     return host_shuffle("shuffle down", v, host_lane() + offset < 32 ? host_lane() + offset : host_lane());
 }
 
+int __any_sync(unsigned, int predicate) {
+    int any;
+    host::warp_collective("any", &predicate, &any, [](host::Rendezvous& w) {
+        int found = 0;
+        for (int lane = 0; lane < 32; ++lane) found |= *(const int*)w.inputs[lane] != 0;
+        for (int lane = 0; lane < 32; ++lane) *(int*)w.outputs[lane] = found;
+    });
+    return any;
+}
+
 u32 transpose_matrix(u32 r) {
     u32 d;
     struct Lane { u32 word; } in{r};
