@@ -113,8 +113,6 @@ class Plan:
             cluster = cluster_size(tile_count, tile_n)
         memory = _memory(rows, p, tile_n, heads.smem(cluster, tile_n) if heads is not None else 0)
         resident, depth = memory.resident, memory.depth
-        if not resident and rows.count > grid:
-            raise Unsuited("rows that no CTA would normalise")
         x_rows = ceil_div(rows.count, 8) * 8
         tile_bytes = rows.columns // _LINE * 128 * (tile_n + (0 if resident else x_rows))
         some = min(depth, max(1, min(_FIRST_BYTES, tile_bytes // 2) // memory.stage))

@@ -11,9 +11,9 @@
 // for later waits behind it.
 //   ROWS 1: one row, which every CTA normalises for itself into its shared memory.
 //   ROWS 8, 16, ..., 64: all rows (m rounded up) in every CTA's shared memory, where a warp normalises a row in place.
-//   ROWS 0: row r is normalised by CTA r, which writes it to `normalised` and sets bit r of *ready; all CTAs wait for all rows and
-//           bring them into the ring beside the weight. A CTA that has waited long normalises what is missing itself: the bits are
-//           the same whoever does it, and no order in which CTAs begin can make them wait for ever.
+//   ROWS 0: row r is normalised by CTA r modulo their number, which writes it to `normalised` and sets bit r of *ready; all CTAs
+//           wait for all rows and bring them into the ring beside the weight. A CTA that has waited long normalises what is missing
+//           itself: the bits are the same whoever does it, and no order in which CTAs begin can make them wait for ever.
 //
 // CLUSTER 2, 4 or 8: what an attention layer does with the heads follows in the same launch, head_parts.cuh; there are as many tiles
 // as CTAs, and `out` is not written. CLUSTER 0: not so.
@@ -96,10 +96,11 @@ static __device__ __forceinline__ Total* total_of(const Arguments& a, int row) {
     return RESIDUAL != 0 ? a.total + row * a.total_stride : nullptr;
 }
 
-// Warps 0 to 7: this CTA's row, and all rows seen. `seen`: a word of shared memory.
+// Warps 0 to 7: this CTA's rows, of which `row` has the first, and all rows seen. `seen`: a word of shared memory.
 static __device__ __forceinline__ void share_rows(const Arguments& a, Row& row, unsigned char* shared_row, volatile u64* seen) {
-    const int own = blockIdx.x;
-    if (own < a.m) {
+#pragma unroll 1
+    for (int own = blockIdx.x; own < a.m; own += gridDim.x) {
+        if (own >= gridDim.x) read_row(row, a, own);
         row.normalise(a.mean_operand, a.eps, shared_row, total_of(a, own), a.normalised + (long long)own * COLUMNS);
         fence_global_for_copies();
         SUM_BARRIER();
