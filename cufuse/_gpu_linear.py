@@ -20,6 +20,8 @@ _SUM: Final = Kernel("sum_slices", "sum_slices.cu", "sum_slices", (), 256)
 _SPLIT_ARGUMENTS: Final = struct.Struct("PPqii")
 _SUM_ARGUMENTS: Final = struct.Struct("PPqii")
 _MOST_PLANS: Final = 4096
+_MOST_ADDRESSES: Final = 256
+"""Of a plan, whose launches are remembered: some 500 bytes each."""
 
 _Launch = tuple[Any, bytes]
 Configuration = small_m.Configuration | tiles.WarpgroupConfiguration | tiles.MmaConfiguration
@@ -137,7 +139,7 @@ def _given(problem: Problem, configuration: Configuration) -> Launch:
 class Plan:
     """The launches of one kind of product: splitting x, multiplying, adding slices."""
 
-    __slots__ = ("_add", "_parts", "_prepared", "_product", "_split", "workspace_bytes")
+    __slots__ = ("_add", "_known", "_parts", "_prepared", "_product", "_split", "workspace_bytes")
 
     def __init__(self, problem: Problem, device: int, configuration: Configuration | None = None) -> None:
         self._product = _choose(problem) if configuration is None else _given(problem, configuration)
@@ -146,6 +148,7 @@ class Plan:
             found.kernel, device, found.grid, threads=found.threads, smem=found.smem, cluster=found.cluster,
             programmatic=found.programmatic,
         )  # fmt: skip
+        self._known: dict[tuple[int, int, int, int], list[_Launch]] = {}
         blocks = 8 * p.multiprocessors
         self._split: Callable[[int, int], _Launch] | None = None
         self._add: Callable[[int, int], _Launch] | None = None
@@ -160,7 +163,19 @@ class Plan:
             self._add = lambda slices, out: (adder, _SUM_ARGUMENTS.pack(slices, out, p.m * p.n, p.slices, p.out_float32))
 
     def launches(self, x: int, weight: int, out: int, workspace: int) -> list[_Launch]:
-        """Prepared kernels and their arguments, in order, with these addresses; workspace: of workspace_bytes, 256-aligned."""
+        """Prepared kernels and their arguments, in order, with these addresses; workspace: of workspace_bytes, 256-aligned.
+
+        They follow from the addresses alone, and are remembered: to encode tensor maps is a large part of what a call costs.
+        """
+        addresses = (x, weight, out, workspace)
+        found = self._known.get(addresses)
+        if found is None:
+            if len(self._known) >= _MOST_ADDRESSES:
+                self._known.clear()
+            found = self._known[addresses] = self._made(*addresses)
+        return found
+
+    def _made(self, x: int, weight: int, out: int, workspace: int) -> list[_Launch]:
         first = []
         if self._split is not None:
             first.append(self._split(x, workspace))

@@ -116,6 +116,26 @@ def test_bits_of_the_emulation(gpu: HostGpu, case: Case) -> None:
     demand_bits(*run(gpu, case))
 
 
+def test_launches_are_remembered_by_their_addresses(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights in turn, as layers have them, through one plan; and no more addresses than allowed."""
+    monkeypatch.setattr(_gpu_linear, "_plans", {})
+    monkeypatch.setattr(_gpu_linear, "_MOST_ADDRESSES", 2)
+    rng = np.random.default_rng(3)
+    x, weights = aligned((20, 256), bfloat16), [aligned((72, 256), bfloat16) for _ in range(3)]
+    x[...] = rng.standard_normal(x.shape).astype(bfloat16)
+    out = aligned((20, 72), bfloat16)
+    for weight in weights:
+        weight[...] = rng.standard_normal(weight.shape).astype(bfloat16)
+    for weight in [*weights, *weights[:2], weights[0]]:
+        out[...] = bfloat16(7)
+        _gpu_linear.linear(Array(x), Array(weight), Array(out))
+        demand_bits(out, nearest(tensor_core.matmul(np.ascontiguousarray(x), weight)))
+    (plan,) = _gpu_linear._plans.values()
+    assert 1 <= len(plan._known) <= 2
+    addresses = (*(array.ctypes.data for array in (x, weights[0], out)), 0)
+    assert plan.launches(*addresses) is plan.launches(*addresses)
+
+
 def test_every_order_of_events_gives_the_same_bits(gpu: HostGpu) -> None:
     for case in (WEIGHTS_ONCE[6], WARPGROUPS[1], WARPGROUPS[3]):
         for seed in range(2, 6):
