@@ -66,7 +66,7 @@ struct HeadParts {
         barrier_arrive_expecting(barrier, own() * CLUSTER_HEADS * HEAD_BYTES);
     }
 
-    // Four warps, `warp` 0 to 3.
+    // Four warps, `warp` 0 to 3; `brought` follows.
     __device__ __forceinline__ void bring(int warp) const {
         const int lane = threadIdx.x % 32, which = lane / HEAD_LANES, line = lane % HEAD_LANES;
         if (HEAD_NORM && warp == 0) store(weight(which), line, load<8>(which ? a.k_weight : a.q_weight, line));
@@ -87,8 +87,9 @@ struct HeadParts {
             for (int i = 0; i < MOST; ++i)
                 if (warp + 4 * i < own()) store(table(which, warp + 4 * i), line, lines[i]);
         }
-        barrier_arrive(barrier);  // every lane for what it has written itself
     }
+    // The same warps, once the cluster has met, for only then is the barrier there; every lane for what it has written itself.
+    __device__ __forceinline__ void brought() const { barrier_arrive(barrier); }
 
     // Accumulators of a warp's 16 rows from `row` on, as multiply_tiles leaves them, to the CTAs that finish them.
     __device__ __forceinline__ void send(int row, const float (&c)[TILE_N / 2], int lane) const {

@@ -259,7 +259,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + REGISTERS_LEFT, 1)
     }
 #endif
 #if CLUSTER > 0
-    if (!reads && warp < READERS / 32 + 4) {
+    const bool brings = !reads && warp < READERS / 32 + 4;
+    if (brings) {
         wait_for_previous_kernel();
         parts.bring(warp - READERS / 32);
     }
@@ -275,6 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + REGISTERS_LEFT, 1)
     __syncthreads();
 #if CLUSTER > 0
     wait_for_cluster();
+    if (brings) parts.brought();
 #endif
 
     const u32 line = ROWS == 1 ? 0 : ROWS < 8 ? min(lane % 8, ROWS - 1) : lane % 8;

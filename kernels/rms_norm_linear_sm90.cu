@@ -342,6 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
 #if CLUSTER > 0
     if (warp / 4 == 1) parts.bring(warp - 4);
     wait_for_cluster();
+    if (warp / 4 == 1) parts.brought();
     if (warp < CONSUMERS / 32)
         multiply(a, ring, shared + a.y_at, [&](int row, int, const float (&c)[TILE_N / 2]) { parts.send(row, c, lane); });
     __syncwarp();

@@ -115,6 +115,17 @@ def test_heads_are_finished_by_the_projection(
         demand_block(given | {"qkv_weight": packed, "static_weights": static} | changed, f"static weights {static}", bring)
 
 
+def test_what_heads_need_is_announced_behind_the_barrier_s_beginning(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever warp comes first: in these orders of events one arrived before there was a barrier."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 64)
+    given = block(RECIPES["block-scaled"], tokens=(1,), dimensions=D, seed=445, hidden=1024)
+    given |= {"k_slices": None, "qkv_weight": random_weight("Q4_0", 8 * D, 1024, 445), "residual": None, "static_weights": True}
+    for seed, changed in ((1, {"q_norm_weight": None, "k_norm_weight": None}), (32, {})):
+        monkeypatch.setattr(gpu.tensor_cores, "seed", seed)
+        monkeypatch.setattr(_gpu_quantised_qkv, "_calls", {})
+        demand_block(given | changed, f"seed {seed}", bring)
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_rings_are_filled_at_a_pace(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """By the warps that do not normalise; a stage of each ring until x has come."""
