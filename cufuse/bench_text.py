@@ -119,7 +119,7 @@ def _ratios(results: Results) -> tuple[str, Table]:
         if name in _columns(results):
             columns += [(f"/{_TITLES[other]}", partial(_ratio, name, other)) for other in RATIOS]
             columns[-len(RATIOS)] = (f"{_TITLES[name]}/{_TITLES[RATIOS[0]]}", columns[-len(RATIOS)][1])
-    columns.append(("host us", lambda cell: _time(cell.host_microseconds)))
+    columns.append(("host us", lambda cell: microseconds(cell.host_microseconds)))
     columns.append(("bytes", lambda cell: "-" if cell.allocated_bytes is None else f"{cell.allocated_bytes:,}"))
     title = "cufuse's time divided by others'; Python's microseconds and the pool's bytes for one call with out="
     return title, _table(results, columns)
@@ -157,7 +157,7 @@ def _quantised(results: Results) -> tuple[str, Table]:
 def _format_fields(cell: QuantisedCell, name: str, one: FormatMeasurement) -> list[str]:
     goal, faster, met = needed(name, cell.model, cell.tokens), cell.faster(name), cell.met(name)
     return [
-        _time(one.microseconds),
+        microseconds(one.microseconds),
         "-" if faster is None else f"{faster:.2f}",
         "-" if goal is None else f"{goal:.2f}",
         "-" if met is None else "yes" if met else "[bold]no[/bold]",
@@ -197,14 +197,15 @@ def _skipped(results: Results) -> list[str]:
     return [f"{text} ({'; '.join(cells) if len(cells) < len(results.cells) else 'every cell'})" for text, cells in where.items()]
 
 
-def _time(value: float | None) -> str:
+def microseconds(value: float | None) -> str:
+    """Three digits, a dash for nothing."""
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _column_time(name: str, cell: Cell) -> str:
-    return _time(cell.time(name))
+    return microseconds(cell.time(name))
 
 
 def _ratio(name: str, other: str, cell: Cell) -> str:

@@ -219,24 +219,25 @@ def demand_cases(area: str, cases: Iterable[Case]) -> None:
             demand_same(area, one, other, case.what if len(found) == 1 else f"{case.what}, result {index}")
 
 
+class Nothing:
+    """A launch.Prepared that launches nothing."""
+
+    def __call__(self, arguments: bytes) -> None:
+        pass
+
+    def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
+        return lambda: 0
+
+    def clusters_at_once(self) -> int:
+        return 66  # an H200's 132 multiprocessors in pairs
+
+
 def rehearse(calls: Iterable[Callable[[], Any]]) -> None:
     """Compile what the calls would launch, on all cores: they are made once, with launches that do nothing."""
     launch.kernels()  # imports every module that launches
     ours = [module for name, module in sys.modules.items() if name.startswith("cufuse.")]
     prepared = [(module, cache) for module in ours for cache in ("_plans", "_calls") if hasattr(module, cache)]
     found: list[Kernel] = []
-
-    class Nothing:
-        """A launch.Prepared that launches nothing."""
-
-        def __call__(self, arguments: bytes) -> None:
-            pass
-
-        def bound(self, arguments: bytes, stream: int) -> Callable[[], int]:
-            return lambda: 0
-
-        def clusters_at_once(self) -> int:
-            return 1 << 30
 
     def prepare(kernel: Kernel, *_: Any, **__: Any) -> Nothing:
         found.append(kernel)

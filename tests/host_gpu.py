@@ -173,6 +173,16 @@ def installed(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu
     yield gpu
 
 
+def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls were planned with, such as another number of multiprocessors, is planned anew."""
+    from cufuse import _gpu_linear, _gpu_norm, _gpu_qkv, _gpu_quantised, _gpu_quantised_qkv
+
+    for module in (_gpu_linear, _gpu_norm, _gpu_quantised):
+        monkeypatch.setattr(module, "_plans", {})
+    for module in (_gpu_qkv, _gpu_quantised_qkv):
+        monkeypatch.setattr(module, "_calls", {})
+
+
 def with_tensor_cores(folders: pytest.TempPathFactory) -> HostGpu:
     """The machine of this module, with that of tests.linear_on_host for kernels that need tensor cores or the copy engine."""
     from tests import linear_on_host

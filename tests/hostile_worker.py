@@ -26,9 +26,7 @@ from tests.checkpoint_files import CONFIG, FIELDS, make_tensors, write_folder
 from tests.hostile_files import HANDMADE, SECRET, mutated
 
 SECONDS, MEMORY = 1.0, 100_000_000
-"""What opening and reading one checkpoint may take: of a processor's time, and bytes. Where processes beside this one lengthen
-even that (they share caches and cores), MOST_PARSES times what json.loads takes for a header of 100,000 tensors."""
-MOST_PARSES = 5
+"""What opening and reading one checkpoint may take: of a processor's time, which other processes do not lengthen, and bytes."""
 
 IDS = (0, 3, 49)
 
@@ -144,16 +142,7 @@ def handmade(folder: Path) -> dict[str, Any]:
         traced = _forked(lambda path=path: attempt(path), extra=5 * MEMORY)  # what the tracing takes, too
         same = timed["message"] == traced["message"]
         found[name] = traced | {"seconds": timed["seconds"], "message": timed["message"], "same": same}
-        found[name]["allowed"] = SECONDS if timed["seconds"] < SECONDS else max(SECONDS, MOST_PARSES * parse_seconds())
     return found
-
-
-def parse_seconds() -> float:
-    """Of a processor's time, here and now: json.loads of a header of 100,000 tensors."""
-    text = json.dumps({f"tensor.{i}": {"dtype": "BF16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(100_000)})
-    start = time.process_time()
-    json.loads(text)
-    return time.process_time() - start
 
 
 def _forked(job: Callable[[], dict[str, Any]], extra: int | None = None) -> dict[str, Any]:

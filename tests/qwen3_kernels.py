@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _driver, _gpu_linear, _gpu_norm, _gpu_qkv, _gpu_quantised, _gpu_quantised_qkv, launch
+from cufuse import _driver, launch
+from cufuse._model_config import QWEN3, ModelConfig
 from cufuse.bf16 import bfloat16
 from cufuse.compiler import Kernel
 from cufuse.quantised import FORMATS, QuantisedWeight, tiles
 from tests import host_gpu
+from tests.gpu_support import Nothing
 from tests.host_gpu import Array
 
-SIZES = {"0.6B": (1024, 16), "1.7B": (2048, 16), "4B": (2560, 32), "8B": (4096, 32), "14B": (5120, 40), "32B": (5120, 64)}
-"""Hidden size and heads of q; 8 heads of k and of v, of 128 each."""
-KV_HEADS, HEAD = 8, 128
 MULTIPROCESSORS = 132
 
 
@@ -43,38 +42,25 @@ class Recorder(host_gpu.HostGpu):
         return Nothing()
 
 
-class Nothing:
-    """A launch.Prepared that launches nothing."""
-
-    def __call__(self, arguments: bytes) -> None:
-        pass
-
-    def bound(self, arguments: bytes, stream: int) -> Any:
-        return lambda: 0
-
-    def clusters_at_once(self) -> int:
-        return MULTIPROCESSORS // 2  # of two, the only ones that all run
-
-
-def block(size: str, tokens: int, form: str | None, residual: bool) -> dict[str, Any]:
+def block(config: ModelConfig, tokens: int, form: str | None, residual: bool) -> dict[str, Any]:
     """Arguments of a call, never read: memory that is only reserved."""
-    hidden, heads = SIZES[size]
+    hidden, head = config.hidden_size, config.head_dim
+    counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
 
     def array(*shape: int) -> Array:
         return Array(np.empty(shape, bfloat16))
 
-    counts = (heads, KV_HEADS, KV_HEADS)
-    rows = sum(counts) * HEAD
+    rows = sum(counts) * head
     weight: Any = array(rows, hidden)
     if form is not None:
         layout = FORMATS[form]
         pieces = tiles.padded_columns(hidden, layout) // tiles.piece_columns(layout)
         data = Array(np.empty((rows // tiles.ROWS, pieces, tiles.piece_bytes(layout)), np.uint8))
         weight = QuantisedWeight(data, layout, (rows, hidden), "tiles")
-    out = tuple(array(tokens, count, HEAD) for count in counts)
+    out = tuple(array(tokens, count, head) for count in counts)
     return {
-        "x": array(tokens, hidden), "norm_weight": array(hidden), "qkv_weight": weight, "q_norm_weight": array(HEAD),
-        "k_norm_weight": array(HEAD), "cos": array(tokens, HEAD), "sin": array(tokens, HEAD), "heads": heads,
+        "x": array(tokens, hidden), "norm_weight": array(hidden), "qkv_weight": weight, "q_norm_weight": array(head),
+        "k_norm_weight": array(head), "cos": array(tokens, head), "sin": array(tokens, head), "heads": counts[0],
         "recipe": "torch" if form is None else "block-scaled", "k_slices": 1 if form is None else None,
         "residual": array(tokens, hidden) if residual else None, "out": (*out, array(tokens, hidden)) if residual else out,
     }  # fmt: skip
@@ -89,10 +75,7 @@ def taken(patch: pytest.MonkeyPatch, calls: Iterator[dict[str, Any]]) -> list[Ta
         patch.setattr(launch, "counters", lambda device: 1 << 20)
         patch.setattr(launch, "current_stream", lambda: 0)
         patch.setattr(_driver, "tensor_map", lambda *arguments, **options: bytes(128))
-        for module in (_gpu_linear, _gpu_norm, _gpu_quantised):
-            patch.setattr(module, "_plans", {})
-        for module in (_gpu_qkv, _gpu_quantised_qkv):
-            patch.setattr(module, "_calls", {})
+        host_gpu.forget_plans(patch)
         for arguments in calls:
             cufuse.rms_norm_qkv(**arguments)
     return list(recorder.taken.values())
@@ -100,11 +83,11 @@ def taken(patch: pytest.MonkeyPatch, calls: Iterator[dict[str, Any]]) -> list[Ta
 
 def qwen3_calls() -> Iterator[dict[str, Any]]:
     """Every size at numbers of rows on both sides of where kernels change; bfloat16 with and without a residual, quantised."""
-    for size in SIZES:
+    for config in QWEN3.values():
         for tokens in (1, 2, 8, 16, 17, 33, 64, 128, 256, 2048, 8192):
-            yield block(size, tokens, None, residual=False)
+            yield block(config, tokens, None, residual=False)
             if tokens in (1, 16, 64):
-                yield block(size, tokens, None, residual=True)
+                yield block(config, tokens, None, residual=True)
         for form in ("Q4_0", "Q8_0"):
             for tokens in (1, 8, 16, 64):
-                yield block(size, tokens, form, residual=False)
+                yield block(config, tokens, form, residual=False)

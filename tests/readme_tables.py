@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from cufuse._model_config import QWEN3
+from cufuse.bench_text import microseconds
+
 ROOT: Final = Path(__file__).parents[1]
 BENCH: Final = ROOT / "notebooks" / "h200_bench.json"
 README: Final = ROOT / "README.md"
 
-_MODELS: Final = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+_MODELS: Final = tuple(name.removeprefix("qwen3-") for name in QWEN3)
 _AGAINST_GEMM: Final = {1: 0.95, 16: 1.0, 64: 1.0, 256: 1.1, 2048: 1.05, 8192: 1.05}
 _AGAINST_COMPILE: Final = {1: 0.70, 16: 0.75, 64: 0.75, 256: 0.85, 2048: 0.97, 8192: 0.97}
 _AGAINST_COMPILE_32B: Final = _AGAINST_COMPILE | {1: 0.78, 16: 0.80, 64: 0.80}
 _PEERS: Final = {"torch_compile": "torch.compile", "f_rms_norm": "`F.rms_norm`", "liger": "Liger"}
-_NONE: Final = "–"
+_NONE: Final = microseconds(None)
 
 Bench = dict[str, Any]
 
@@ -39,9 +42,9 @@ def block_table(bench: Bench) -> str:
         against_compile = (_AGAINST_COMPILE_32B if model == "32b" else _AGAINST_COMPILE)[tokens]
         gemm = [_ratio(times[name], times["cublas_gemm"], _AGAINST_GEMM[tokens]) for name in ("cufuse", "cufuse_static")]
         compiled = _ratio(times["cufuse"], times["torch_compile"], against_compile)
-        floor = _microseconds(cell["floor"]) if tokens == 1 else ""
+        floor = microseconds(cell["floor"]) if tokens == 1 else ""
         ratios = (f"{' / '.join(gemm)} ({_AGAINST_GEMM[tokens]:g})", f"{compiled} ({against_compile:g})")
-        rows.append((model.upper(), str(tokens), floor, *map(_microseconds, times.values()), *ratios))
+        rows.append((model.upper(), str(tokens), floor, *map(microseconds, times.values()), *ratios))
     return _table(head, rows)
 
 
@@ -81,13 +84,13 @@ def quantised_table(bench: Bench) -> str:
     rows, met = [], []
     for cell in _cells(bench["quantised"]):
         formats = cell["formats"]
-        row = [cell["model"].upper(), str(cell["tokens"]), _microseconds(formats["bf16"]["microseconds"])]
+        row = [cell["model"].upper(), str(cell["tokens"]), microseconds(formats["bf16"]["microseconds"])]
         for name in ("Q4_0", "Q8_0"):
             found = formats[name]
             goal = "" if found["needed"] is None else f" ({found['needed']:g} x)"
             met += [] if found["met"] is None else [found["met"]]
             faster = f"{found['faster']:.2f} x"
-            row.append(f"{_microseconds(found['microseconds'])}, {f'**{faster}**' if found['met'] else faster}{goal}")
+            row.append(f"{microseconds(found['microseconds'])}, {f'**{faster}**' if found['met'] else faster}{goal}")
         rows.append(row)
     table = _table(("model", "M", "bf16", "Q4_0 (goal)", "Q8_0 (goal)"), rows)
     return f"{table}\n\nThe goals are met in {sum(met)} of {len(met)} cells (bold)."
@@ -124,12 +127,6 @@ def _cells(cells: Iterable[Bench]) -> list[Bench]:
 
 def _time(cell: Bench, name: str) -> float | None:
     return (cell["columns"].get(name) or {}).get("microseconds")
-
-
-def _microseconds(time: float | None) -> str:
-    if time is None:
-        return _NONE
-    return f"{time:.{max(0, 2 - (len(str(int(time))) - 1))}f}"
 
 
 def _ratio(time: float | None, other: float | None, goal: float) -> str:

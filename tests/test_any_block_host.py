@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cufuse import _gpu_linear, _gpu_qkv, _gpu_quantised, _gpu_quantised_qkv, launch
+from cufuse import launch
+from cufuse.quantised import FORMATS
 from tests import host_gpu, linear_on_host
 from tests.golden import inputs
 from tests.host_gpu import HostGpu
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.skipif(linear_on_host.COMPILER is None, reason="g++ is 
 
 PLAIN = ("torch", "torch-rms-norm", "batch-invariant", "late-rounding", "vllm-0.20", "gemma", "nano-vllm", "flashinfer")
 QUANTISED = ("block-scaled", "llama.cpp", "separate-k-norm")
-FORMATS = {"Q4_0": 32, "Q8_0": 32, "Q4_K": 256, "Q6_K": 256}
 TOKENS = (1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 48, 64, 65, 100, 130)  # on both sides of where orders and kernels change
 HIDDEN = (64, 128, 192, 200, 256, 320, 576, 832, 960, 1000, 1024, 1088, 1280)
 # a kernel's text is compiled for each example: some seconds
@@ -48,7 +48,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of rms_norm_qkv."""
     form = draw(st.sampled_from((None, *FORMATS)))
     recipe = RECIPES[draw(st.sampled_from(PLAIN if form is None else QUANTISED))]
-    step = 1 if form is None else FORMATS[form]
+    step = 1 if form is None else FORMATS[form].values
     hidden = -(-draw(st.sampled_from(HIDDEN)) // step) * step
     tokens, dimensions = draw(st.sampled_from(TOKENS)), draw(st.sampled_from((128, 128, 128, 64, 256)))
     kv_heads = draw(st.sampled_from((1, 2, 3)))
@@ -65,7 +65,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return arguments | {"static_weights": draw(st.booleans())}
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(arguments=calls(), multiprocessors=st.sampled_from((2, 4, 8, 20, 33, 64, 132)), seed=st.integers(1, 1000))
 def test_any_block_has_the_bits_of_the_emulation(
     gpu: HostGpu, arguments: dict[str, Any], multiprocessors: int, seed: int
@@ -73,10 +73,7 @@ def test_any_block_has_the_bits_of_the_emulation(
     """seed: of the order in which the pretended machine lets things happen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-        for module in (_gpu_linear, _gpu_quantised):
-            patch.setattr(module, "_plans", {})
-        for module in (_gpu_qkv, _gpu_quantised_qkv):
-            patch.setattr(module, "_calls", {})
+        host_gpu.forget_plans(patch)
         patch.setattr(gpu.tensor_cores, "seed", seed)
         demand_block(arguments, f"{multiprocessors} multiprocessors", bring)
     weight = arguments["qkv_weight"]
