@@ -27,6 +27,10 @@ _ARGUMENTS: Final = struct.Struct("7P3q2f11i60x")
 _FIRST_BYTES: Final = 110 * 1024
 """Of the ring, asked for before the normalised rows are there, and no more than half a tile: about what memory delivers in the
 meantime (H200: more delays the rows, less leaves the memory idle). Half of it may be asked for while the kernel in front runs."""
+_EARLY_TILE: Final = 64 * 1024
+"""For one row with static weights all of the ring is asked for (H200, blocks one behind the other: 3.95 us against 4.18 at K = 1024
+and N = 4096, 14.2 against 14.6 at K = 4096 and N = 6144), and tiles of so many bytes as a whole while the kernel in front runs (3.42
+at K = 1024; longer ones get slower by it: 15.8 at K = 4096)."""
 _STAGES: Final = ((256, 4), (128, 3))
 """Values of k in a stage where so many stages fit; otherwise 64."""
 _SIXTEEN_STAGES: Final = _STAGES[1:]
@@ -116,7 +120,11 @@ class Plan:
         x_rows = ceil_div(rows.count, 8) * 8
         tile_bytes = rows.columns // _LINE * 128 * (tile_n + (0 if resident else x_rows))
         some = min(depth, max(1, min(_FIRST_BYTES, tile_bytes // 2) // memory.stage))
+        if resident == 1 and weights_ready:
+            some = min(depth, tile_bytes // memory.stage)
         early = max(1, some // 2) if weights_ready else 0
+        if resident == 1 and weights_ready and tile_bytes <= _EARLY_TILE:
+            early = some
         first, ahead = some, 0
         if resident > 1:
             ahead = min(depth, int(_AHEAD * resident * rows.columns * 2) // memory.stage)

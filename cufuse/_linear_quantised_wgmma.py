@@ -27,7 +27,7 @@ _X_BUDGET: Final = 96 * 1024
 """Shared memory that x may take; the rings of the weight want the rest."""
 _ROOM: Final = 12 * 1024
 """Shared memory of a multiprocessor that is left to the small kernels of a chain."""
-_ARGUMENTS: Final = struct.Struct("14iPP56x")
+_ARGUMENTS: Final = struct.Struct("12iPP")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class Warpgroups:
         return across, ceil_div(product.m, self.tokens)
 
 
-_SHAPES: Final = (
-    (32, 4, 1, 1), (32, 4, 1, 2), (32, 2, 2, 1), (64, 4, 1, 1), (64, 4, 1, 2), (64, 4, 1, 4), (64, 2, 2, 1), (64, 2, 2, 2),
-)  # fmt: skip
+_SHAPES: Final = ((32, 4, 1, 1), (32, 2, 2, 1), (64, 4, 1, 1), (64, 4, 1, 2), (64, 2, 2, 1), (64, 2, 2, 2))
 WGMMA: Final = tuple(Warpgroups(form, *shape) for form in ("Q4_0", "Q8_0", "Q4_K") for shape in _SHAPES)
 """What ``choose`` picks from."""
 
@@ -79,7 +77,7 @@ def candidates(product: "Product", machine: "Machine") -> list[Warpgroups]:
         across, down = c.grid(product)
         turns = ceil_div(across * down, machine.multiprocessors)
         # instructions of a warp for 64 k: decoding and all that is done once, then scaling, by the number of tokens
-        return turns * c.blocks * (70 + c.tokens), turns, abs(c.cluster - (1 if c.tokens == 32 else 2))
+        return turns * c.blocks * (70 + c.tokens), turns, c.cluster
 
     return sorted((c for c in WGMMA if c.form == product.form.name), key=cost)
 
@@ -109,7 +107,6 @@ def plan_wgmma(product: "Product", configuration: Warpgroups, machine: "Machine"
     programmatic = p.programmatic and p.direct
     numbers = (
         p.m, p.n, p.pieces, p.slice_pieces, p.slices, depth, x_depth, _BARRIER_BYTES, x_at, sums_at, p.out_float32, p.pairs,
-        programmatic, 0,
     )  # fmt: skip
     shape, strides = (64, p.m, p.padded // 64), (p.row_stride * 2, 128)
 

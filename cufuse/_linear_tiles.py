@@ -16,6 +16,8 @@ _BUFFER_BYTES: Final = 2 * 2048
 _MAX_DEPTH: Final = 32
 _LONG_STAGE_BYTES: Final = 56 * 1024
 """A fourth of the shared memory."""
+_OWN_STORES: Final = 50
+"""Cycles of a column whose values the threads store themselves."""
 _GROUP_ROWS: Final = 16
 """Tiles one above the other that run together: their rows of x and the weights of all columns in flight fit into the L2 cache."""
 
@@ -152,10 +154,11 @@ def cycles(problem: Problem, c: WarpgroupConfiguration) -> int:
     _, _, rounds = _rounds(problem, c)
     x_rows = _x_rows(problem, c)
     # 64 k of a tile: the products, or what the L2 cache delivers (some 40 bytes a cycle); then the way out, of threads' own
-    # values (counted on an H200: 6000 cycles of 96 columns) or in boxes
+    # values (on an H200 48 columns take less than 64 in boxes at 128 x 6144 x 2560, more at 128 x 4096 x 1024) or in boxes
     fetched = (x_rows // c.cluster_n + c.tile_n // c.cluster_m) * 128
     stage = max(2 * c.tile_n * c.consumers, fetched // 40)
-    return rounds * (ceil_div(min(problem.k, problem.slice_k), 64) * stage + (8 if c.box_store or c.deep else 60) * c.tile_n + 1000)
+    column = 8 if c.box_store or c.deep else _OWN_STORES
+    return rounds * (ceil_div(min(problem.k, problem.slice_k), 64) * stage + column * c.tile_n + 1000)
 
 
 def _rounds(problem: Problem, c: WarpgroupConfiguration) -> tuple[int, int, int]:

@@ -16,6 +16,8 @@
 // A unit of the norm: a factor of half the rows of a head, or its use; of the stores: a quarter of a head's columns. A part has
 // NORM_UNITS of the former, or a share of those of half the columns of all heads, which HALF_STEPS parts divide: the more they are, the
 // shorter is each, and the longer do the tables keep a stage from the ring.
+// The last tile's parts are done by the loop's own instructions, which the others' parts have brought into the cache, or where
+// LAST_APART by a copy of them behind it.
 #include "wgmma.cuh"
 #include "head_fragment.cuh"
 #include "ring.cuh"
@@ -276,8 +278,9 @@ struct Consumer {
         float c[TILE_N / 2];
         for (int index = blockIdx.x; more; index += gridDim.x) {
             more = index < a.tiles_m * a.tiles_n;
+            if (LAST_APART && !more) break;
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {  // the last tile's parts too: their instructions are in the cache
+            for (int step = 0; step < STEPS; ++step) {
                 if (more) multiply(c, step == 0);
                 if (left) finish(step, last, pairs);
             }
@@ -289,6 +292,8 @@ struct Consumer {
             if (more) release(before);
             round(pairs, c);
         }
+#pragma unroll
+        for (int step = 0; LAST_APART && step < STEPS; ++step) finish(step, last, pairs);
         if (lane() == 0) wait_for_stores();
     }
 };

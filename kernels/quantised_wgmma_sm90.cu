@@ -34,8 +34,6 @@ struct Arguments {
     int depth, x_depth;
     int rings_at, x_at, sums_at;  // bytes from the start of dynamic shared memory; barriers come first
     int out_float32, pairs;
-    int programmatic;             // launched as a dependent: only weights may be touched before the previous kernel ends
-    int padding;
     const unsigned char* weight;
     void* out;
     TensorMap x_map;
@@ -181,11 +179,13 @@ struct Consumer {
         commit_products();
     }
 
-    // Goes on to the next stage of weights. Behind the last there is none: what lies in the ring is loaded again, and not used.
+    // Goes on to the next stage of weights. Behind the last there is none: the first slot is loaded again, and not used; the one
+    // that follows may be another warp's, and on its way.
     __device__ __forceinline__ void next_stage() {
         unloaded = min(STAGE_CHUNKS, left_of_slice);
         if (unloaded == 0) {
             unloaded = STAGE_CHUNKS;
+            at = ring;
             return;
         }
         if (exists) barrier_wait(full, parity);  // what is made of other bytes is never stored

@@ -123,8 +123,8 @@ WGMMA = [
     Case("Q4_K", 16, 100, 2048, configuration=Warpgroups("Q4_K", 32, 4, 1), out_dtype=bfloat16),
     Case("Q4_K", 40, 200, 768, configuration=Warpgroups("Q4_K", 64, 2, 2, 2), k_slices=2),
     Case("Q4_0", 64, 64, 512, configuration=Warpgroups("Q4_0", 64, 4, 1)),
-    Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 4, 1, 4)),
-    Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 32, 4, 1, 2)),
+    Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 4, 1, 2)),
+    Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 64, 4, 1, 2)),
     Case("Q4_0", 69, 130, 960, configuration=Warpgroups("Q4_0", 64, 2, 2)),  # the last stages are shorter than x's ring
     Case("Q4_0", 33, 70, 1088),
     Case("Q8_0", 20, 70, 1088),
