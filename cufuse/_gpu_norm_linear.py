@@ -23,13 +23,24 @@ _THREADS: Final = _GROUP + 32
 _LINE: Final = 64
 _WIDTHS: Final = (16, 24, 32, 40, 48, 64, 80, 96, 128)
 _MOST_DEPTH: Final = 32
-_ARGUMENTS: Final = struct.Struct("7P3q2f11i60x")
+_ARGUMENTS: Final = struct.Struct("7P3q2f12i56x")
 _FIRST_BYTES: Final = 110 * 1024
 """Of the ring, asked for before the normalised rows are there, and no more than half a tile: about what memory delivers in the
 meantime (H200: more delays the rows, less leaves the memory idle). Half of it may be asked for while the kernel in front runs."""
+_STATIC_FIRST: Final = 140 * 1024
+"""The same for rows that CTAs share and static weights (H200, K = 4096, N = 6144: 15.7 us against 16.0 with 16 rows, 16.9 against
+17.5 with 64)."""
+_CACHED_BYTES: Final = 24 * 1024
+"""Of the weights that no CTA may have yet, asked for into the L2 cache while the kernels in front still run, one stage at least.
+H200, K = 4096 and N = 6144, blocks one behind the other: 14.7 us against 15.4 with one row, 16.0 against 16.7 with 16, 16.9
+against 17.4 with 64. Twice as much is no better; with four times as much, or with the cache ahead of the ring all the way, it takes
+longer than without. Why has not been measured."""
+_LARGE_TILE: Final = 256 * 1024
+"""Bytes of a CTA's weights beyond which that gains with static weights too (16 rows: 15.8 us against 16.5 at K = 4096, 11.4 against
+11.1 at K = 2560)."""
 _EARLY_TILE: Final = 64 * 1024
 """For one row with static weights all of the ring is asked for (H200, blocks one behind the other: 3.95 us against 4.18 at K = 1024
-and N = 4096, 14.2 against 14.6 at K = 4096 and N = 6144), and tiles of so many bytes as a whole while the kernel in front runs (3.42
+and N = 4096, 14.2 against 14.6 at K = 4096, N = 6144), and tiles of so many bytes as a whole while the kernel in front runs (3.42
 at K = 1024; longer ones get slower by it: 15.8 at K = 4096)."""
 _STAGES: Final = ((256, 4), (128, 3))
 """Values of k in a stage where so many stages fit; otherwise 64."""
@@ -119,7 +130,8 @@ class Plan:
         resident, depth = memory.resident, memory.depth
         x_rows = ceil_div(rows.count, 8) * 8
         tile_bytes = rows.columns // _LINE * 128 * (tile_n + (0 if resident else x_rows))
-        some = min(depth, max(1, min(_FIRST_BYTES, tile_bytes // 2) // memory.stage))
+        wanted = _STATIC_FIRST if weights_ready and not resident else _FIRST_BYTES
+        some = min(depth, max(1, min(wanted, tile_bytes // 2) // memory.stage))
         if resident == 1 and weights_ready:
             some = min(depth, tile_bytes // memory.stage)
         early = max(1, some // 2) if weights_ready else 0
@@ -129,6 +141,9 @@ class Plan:
         if resident > 1:
             ahead = min(depth, int(_AHEAD * resident * rows.columns * 2) // memory.stage)
             first = min(depth, max(1, early, ahead, _RESIDENT_FIRST // memory.stage))
+        cached = 0
+        if not weights_ready or tile_bytes > _LARGE_TILE:
+            cached = max(1, _CACHED_BYTES // (memory.tile_k * tile_n * 2))
         kernel = _kernel(rows, resident, tile_n, memory.tile_k, cluster, heads)
         self.prepared = launch.prepare(kernel, device, grid, smem=memory.size, cluster=max(cluster, 1), programmatic=True)
         if cluster and self.prepared.clusters_at_once() * cluster < grid:
@@ -140,7 +155,7 @@ class Plan:
             x_view = ((_LINE, p.m, pieces), (rows.strides[0] * 2, 128), (_LINE, x_rows, ceil_div(pieces, _PIECES)))
         numbers = (
             *rows.strides, float(mean_operand(recipe.norm, rows.count, rows.columns)), float(np.float32(eps)), p.m, p.n,
-            tile_count, depth, p.pairs, early, first, ahead, memory.barriers_at, memory.row_at, memory.y_at,
+            tile_count, depth, p.pairs, early, early + cached, first, ahead, memory.barriers_at, memory.row_at, memory.y_at,
         )  # fmt: skip
 
         def pack(pointers: tuple[int, ...]) -> bytes:

@@ -160,6 +160,13 @@ struct Bringer {
                 copy_box(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY);
         }
     }
+    // The first stage's weights into the L2 cache, whoever still writes them.
+    __device__ __forceinline__ void prefetch_weight(const Work& work) const {
+        const int row = work.tile_n + rank.m * SHARE_N;
+        if (DEEP) return prefetch_box(&a.weight_map, 0, row, work.k / LINE);
+#pragma unroll
+        for (int line = 0; line < LINES; ++line) prefetch_box(&a.weight_map, work.k + line * LINE, row);
+    }
     __device__ __forceinline__ int ahead(const Work& work) const { return min(work.stages, ring.depth); }
     // Of the stages that the empty ring takes, those from `stage` to before `end`; all of x where it may be touched only later.
     __device__ __forceinline__ void fill(const Work& work, int stage, int end) const {
@@ -309,9 +316,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     const Work first(a, blockIdx.x / CLUSTER, rank);
     const int early = min(bringer.ahead(first), 2);
 
-    begin_as_dependent(a.weights_ready);
     if (threadIdx.x == 0) {
         fetch_tensor_map(&a.weight_map);
+        if (!a.weights_ready) bringer.prefetch_weight(first);
+    }
+    __syncwarp();
+    begin_as_dependent(a.weights_ready);
+    if (threadIdx.x == 0) {
         fetch_tensor_map(&a.x_map);
 #pragma unroll 1
         for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);

@@ -86,6 +86,16 @@ CUFUSE_INLINE void copy_box(u32 shared, const TensorMap* map, int c0, int c1, in
                  : : "r"(shared), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy) : "memory");
 }
 
+// The box into the L2 cache alone, as with prefetch_line.
+CUFUSE_INLINE void prefetch_box(const TensorMap* map, int c0, int c1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" : : "l"(map), "r"(c0), "r"(c1) : "memory");
+}
+
+CUFUSE_INLINE void prefetch_box(const TensorMap* map, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
+                 : : "l"(map), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
 // The same box to the same place in every CTA of `mask`; each one's own barrier hears of it.
 CUFUSE_INLINE void copy_box_to_all(u32 shared, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy, u32 mask) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "

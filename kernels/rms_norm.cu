@@ -106,6 +106,17 @@ struct Loaded {
             if (RESIDUAL != 0) residual[RESIDUAL != 0 ? i : 0] = load<CHUNK>(at.residual, chunk);
         }
     }
+    // The first of them into the L2 cache.
+    static __device__ __forceinline__ void prefetch(const Place& at, int thread) {
+        constexpr int X_SHARE = 128 / (CHUNK * sizeof(X)), R_SHARE = 128 / (CHUNK * sizeof(R));  // threads of a line
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int chunk = thread + i * GROUP;
+            if (!inside(chunk)) continue;
+            if (chunk % X_SHARE == 0) prefetch_line(at.x + chunk * CHUNK);
+            if (RESIDUAL != 0 && chunk % R_SHARE == 0) prefetch_line(at.residual + chunk * CHUNK);
+        }
+    }
     // z, zeros behind the row's end; stores the residual sum
     __device__ __forceinline__ Pack<Z, CHUNK> z(const Place& at, int thread, int base, int i) const {
         const int chunk = thread + (base + i) * GROUP;
@@ -275,7 +286,8 @@ __device__ __forceinline__ void normalise_in_shared_memory(const Arguments& a, i
 extern "C" __global__ void __launch_bounds__(GROUP * ROWS, BLOCKS) rms_norm(const __grid_constant__ Arguments a) {
     const int thread = ROWS > 1 ? threadIdx.x % GROUP : threadIdx.x;
     const u32 row = blockIdx.x * ROWS + (ROWS > 1 ? threadIdx.x / GROUP : 0);  // there are fewer than 2^31
-    const Place place(a, row);  // before it waits: addresses alone
+    const Place place(a, row);  // before it waits: addresses alone, and what lies there into the L2 cache
+    if (row < (u32)a.rows) Loaded::prefetch(place, thread);
     if (a.next_begins_early) let_next_kernel_begin();
     wait_for_previous_kernel();
     if (!a.next_begins_early) let_next_kernel_begin();

@@ -66,6 +66,7 @@ struct Arguments {
     int depth;    // stages of the ring
     int pairs;    // two neighbouring outputs may be stored at once
     int early_stages;  // whose weights are fetched before the kernels in front of this one have ended
+    int cached_stages;  // those up to this one that are not: by then only asked for into the L2 cache, whoever still writes them
     int first_stages;  // and before y is there: no fewer, no more than the ring has
     int ahead_stages;  // RESIDENT: of these, asked for before the rows
     int barriers_at, row_at, y_at;  // bytes from the start of dynamic shared memory
@@ -201,6 +202,10 @@ struct Bringer {
 #pragma unroll 1
         for (int stage = begin; stage < min(end, STAGES); ++stage) bring_weight(blockIdx.x, stage, stage);
     }
+    __device__ __forceinline__ void prefetch(int begin, int end) const {
+#pragma unroll 1
+        for (int stage = begin; stage < min(end, STAGES); ++stage) prefetch_box(&a.weight_map, 0, blockIdx.x * TILE_N, stage * LINES);
+    }
     // All that follow the first stages of the CTA's first tile.
     __device__ __forceinline__ void go_on() const {
         int stage = min(a.first_stages, STAGES);
@@ -287,7 +292,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
         for (int i = lane; i < 2 * a.depth + PIECES; i += 32) barrier_init(ring.full + i * 8, 1);
         barrier_init_fence();
         __syncwarp();
-        if (sends) bringer.fill(0, a.early_stages);
+        if (sends) {
+            bringer.fill(0, a.early_stages);
+            bringer.prefetch(a.early_stages, a.cached_stages);
+        }
         __syncwarp();
         arrive_threads(BARRIERS_THERE, 32 + CONSUMERS);
         if (RESIDENT) arrive_threads(BARRIERS_THERE + 1, 32 + CONSUMERS);

@@ -164,6 +164,7 @@ def test_few_rows_in_every_cta(
         ("barrier_wait(ring.pieces + there * 8, 0)", "(void)there"),  # rows are read before they have come
         ("(row & 7) << 4", "(row & 3) << 4"),  # written elsewhere than the products look for them
         ("piece * PIECE_LINES, barrier", "0, barrier"),  # every piece the first one
+        ("blockIdx.x * TILE_N, stage * LINES);", "TILE_N, (stage + 1) * LINES);"),  # other weights into the cache than are copied
     ],
 )
 def test_faults_in_few_rows_are_noticed(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:

@@ -166,6 +166,11 @@ FAULTS = {
     ),
     "a stage freed too early": (WARPGROUPS[3], "wait_for_products<1>();", "wait_for_products<2>();"),
     "accumulators read too early": (WARPGROUPS[3], "wait_for_products<0>();", ""),
+    "others' weights cached": (
+        WARPGROUPS[0],
+        "const int row = work.tile_n + rank.m * SHARE_N;\n        if",
+        "const int row = SHARE_N;\n        if",
+    ),
     "another order of k": (WARPGROUPS[3], "x + 2 * step, weight + 2 * step", "x + 2 * (3 - step), weight + 2 * (3 - step)"),
     "the wrong sender": (WARPGROUPS[1], "other < n ? other : other + 1", "other"),
     "left before the others": (WARPGROUPS[1], "CLUSTER > 1 && slot < ring.depth", "false"),

@@ -70,6 +70,7 @@ static void host_copy_box(u32 shared, const TensorMap* map, int c0, int c1, int 
     if (map->words[10] && map->words[7] * 2 != 128) host::fail("a swizzled line has 128 bytes");
     const TensorMap copy = *map;
     const int at[3] = {c0, c1, c2};
+    host::my_block().prefetched.erase({(long)map->words[0], c0, c1, c2});
     for (int block = 0; block < (int)host::machine.blocks.size(); ++block)
         if (mask >> block & 1)
             host::later([=] {
@@ -83,6 +84,9 @@ static void host_copy_box(u32 shared, const TensorMap* map, int c0, int c1, int 
             });
 }
 
+void prefetch_box(const TensorMap* map, int c0, int c1, int c2) {
+    host::my_block().prefetched.insert({(long)map->words[0], c0, c1, c2});
+}
 void copy_box(u32 s, const TensorMap* m, int c0, int c1, u32 b, u64) { host_copy_box(s, m, c0, c1, 0, b, 1u << host::self().block); }
 void copy_box(u32 s, const TensorMap* m, int c0, int c1, int c2, u32 b, u64) {
     host_copy_box(s, m, c0, c1, c2, b, 1u << host::self().block);

@@ -81,6 +81,7 @@ void barrier_arrive_at(u32 barrier, u32 rank);
 void barrier_wait(u32 barrier, u32 parity);
 bool barrier_completed(u32 barrier, u32 parity);
 void copy_bytes(u32 shared, const void* global, u32 bytes, u32 barrier, u64 policy);
+void prefetch_box(const TensorMap* map, int c0, int c1, int c2 = 0);
 void copy_box(u32 shared, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy);
 void copy_box(u32 shared, const TensorMap* map, int c0, int c1, int c2, u32 barrier, u64 policy);
 void copy_box_to_all(u32 shared, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy, u32 mask);

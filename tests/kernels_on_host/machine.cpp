@@ -72,6 +72,8 @@ static void run_cluster(const std::function<void()>& kernel, int cluster, int fi
             fail(m.current->waits_for);
         }
     }
+    for (const Block& block : m.blocks)
+        if (!block.prefetched.empty()) fail("a box was asked for into the cache and never copied", (long)block.prefetched.size());
     if (!m.jobs.empty()) fail("a CTA ended while copies to it were under way", (long)m.jobs.size());
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "kernel.h"
 
+#include <array>
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <set>
 #include <vector>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -52,6 +54,7 @@ struct Block {
     std::map<uint32_t, Barrier> barriers;
     std::vector<Rendezvous> warps, warpgroups;
     std::map<int, Rendezvous> named;
+    std::set<std::array<long, 4>> prefetched;  // boxes asked for into the cache, and not yet copied
 };
 
 
