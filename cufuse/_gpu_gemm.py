@@ -4,7 +4,7 @@ import functools
 import warnings
 from typing import Any, Final
 
-from cufuse import _gpu_linear, _layout, cublaslt, launch
+from cufuse import _gpu_linear, _layout, _repeat, cublaslt, launch
 from cufuse.compiler import Kernel
 from cufuse.emulation.cublas import AssumedSlicesWarning
 from cufuse.quantised.weight import QuantisedWeight
@@ -16,10 +16,11 @@ KERNELS: Final[tuple[Kernel, ...]] = ()
 _MOST_OVERLAPS: Final = 4096
 
 
-def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -> Any:
+def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any, call: _repeat.Call | None = None) -> Any:
     """x [..., K] times weight [N, K]^T into ``result`` [..., N], all checked; see ``cufuse.linear``. Returns result.
 
     Rows of x may lie any distance apart. A result that is not contiguous costs a copy.
+    call : what the call shall be remembered by, if it shall.
     """
     if isinstance(weight, QuantisedWeight):
         from cufuse import _gpu_quantised
@@ -33,7 +34,7 @@ def linear(x: Any, weight: Any, gemm: Gemm, k_slices: int | None, result: Any) -
     if slices == "cublas":
         slices = asked_slices(rows.shape[0], n, k)
     if result.flags.c_contiguous:
-        _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices)
+        _gpu_linear.linear(rows, weight, result if result.ndim == 2 else result.reshape(-1, n), slices, call=call)
         return result
     with launch.on_device(result.device.id):
         dense = launch.temporary((len(rows), n), result.dtype, "product")

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from cufuse import _linear_small_m as small_m
 from cufuse import _linear_tiles as tiles
-from cufuse import compiler, launch
+from cufuse import _repeat, compiler, launch
 from cufuse._linear_problem import Launch, Problem, ceil_div, slice_length
 from cufuse.compiler import Kernel
 
@@ -43,6 +43,7 @@ def linear(
     *,
     configuration: Configuration | None = None,
     weights_ready: bool = False,
+    call: _repeat.Call | None = None,
 ) -> Any:
     """out[m, n] = sum over k of x[m, k] weight[n, k], for checked CuPy arrays of one device; returns out.
 
@@ -52,6 +53,7 @@ def linear(
     configuration : which kernel, for measurements; None chooses. ValueError where it cannot take the product.
     weights_ready : weight may be read before the kernel in front of this one in the stream has ended: only where it has been
         written before that one was launched. Kernels that cannot do it ignore it.
+    call : what the launches shall be remembered by, if they shall.
     """
     memory, weights, results = x.data, weight.data, out.data
     pointers = (memory.ptr, weights.ptr, results.ptr)
@@ -71,7 +73,10 @@ def linear(
             problem = describe(x, weight, out, alignment, k_slices, device, weights_ready=weights_ready)
             plan = _plans[key] = Plan(problem, device, configuration)
         workspace = launch.workspace(device, plan.workspace_bytes) if plan.workspace_bytes else 0
-        launch.one_by_one(plan.launches(*pointers, workspace))
+        launches = plan.launches(*pointers, workspace)
+        launch.one_by_one(launches)
+        if call is not None:
+            _repeat.remember(call, launches)
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cufuse import _layout, compiler, launch
+from cufuse import _layout, _repeat, compiler, launch
 from cufuse._norm_kernels import Types, configuration
 from cufuse.compiler import Kernel
 from cufuse.named_recipes import RECIPES
@@ -25,22 +25,23 @@ _THREADS: Final = 2048
 """That a multiprocessor holds."""
 
 
-def rms_norm(x: Any, weight: Any, eps: float, norm: Norm, result: Any) -> Any:
-    """Normalise checked arrays into ``result``; see ``cufuse.rms_norm``.
+def rms_norm(x: Any, weight: Any, eps: float, norm: Norm, result: Any, call: _repeat.Call | None = None) -> Any:
+    """Normalise checked arrays into ``result``; see ``cufuse.rms_norm``. call: what it shall be remembered by, if it shall.
 
     Raises ValueError for strides that the kernel does not walk, for an overlapping ``out``, for arrays of several GPUs and
     for rows beyond a block's shared memory.
     """
-    _run({"out": result}, {"x": x, "weight": weight}, eps, norm, None)
+    _run({"out": result}, {"x": x, "weight": weight}, eps, norm, None, call)
     return result
 
 
 def add_rms_norm(
-    x: Any, residual: Any, weight: Any, eps: float, recipe: Recipe, normalised: Any, new_residual: Any
-) -> tuple[Any, Any]:
+    x: Any, residual: Any, weight: Any, eps: float, recipe: Recipe, normalised: Any, new_residual: Any,
+    call: _repeat.Call | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Residual sum and norm of checked arrays in one launch; see ``cufuse.add_rms_norm`` and ``rms_norm`` above."""
     outs = {"out[0]": normalised, "out[1]": new_residual}
-    _run(outs, {"x": x, "residual": residual, "weight": weight}, eps, recipe.norm, recipe.residual_sum)
+    _run(outs, {"x": x, "residual": residual, "weight": weight}, eps, recipe.norm, recipe.residual_sum, call)
     return normalised, new_residual
 
 
@@ -105,7 +106,9 @@ class Plan:
 _plans: dict[Any, Plan] = {}
 
 
-def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, residual_sum: str | None) -> None:
+def _run(
+    outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, residual_sum: str | None, call: _repeat.Call | None
+) -> None:
     arrays = [*outs.values(), *inputs.values()]
     memory = [array.data for array in arrays]
     device = memory[0].device_id
@@ -128,7 +131,10 @@ def _run(outs: dict[str, Any], inputs: dict[str, Any], eps: float, norm: Norm, r
             overlaps = launch.capability(device) >= 90
             plan = _plans[key] = Plan(outs, inputs, alignment, eps, norm, residual_sum, device, programmatic=overlaps)
         plan.overlap.check(pointers)
-        plan.prepared(plan.arguments(pointers))
+        arguments = plan.arguments(pointers)
+        plan.prepared(arguments)
+        if call is not None:
+            _repeat.remember(call, [(plan.prepared, arguments)])
 
 
 def _require_shared_memory(kernel: Kernel, columns: int, device: int) -> None:

@@ -5,10 +5,9 @@ arguments are not packed again either.
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Final
 
-from cufuse import _gpu_heads, _gpu_qkv_steps, _layout, launch
+from cufuse import _gpu_heads, _gpu_qkv_steps, _layout, _repeat, launch
 from cufuse._gpu_heads import Unsuited
 from cufuse._gpu_qkv_chain import Chain
 from cufuse.compiler import Kernel
@@ -72,7 +71,7 @@ class Call:
         chain = self._chain.launches(dict(zip(self._names, pointers, strict=True)), workspace)
         if len(self._known) >= _MOST_ADDRESSES:
             self._known.clear()
-        found = [(_bound(prepared, arguments, stream), arguments) for prepared, arguments in chain]
+        found = [(_repeat.bound(prepared, arguments, stream), arguments) for prepared, arguments in chain]
         self._known[stream, *pointers] = found
         return found
 
@@ -93,17 +92,6 @@ class Call:
         caches, results[1:3] = results[1:3], [launch.temporary(shape, results[1].dtype, f"{name} of slots") for name in "kv"]
         _gpu_qkv_steps.rms_norm_qkv(inputs, weights, *self._composed, tuple(results))
         _scatter(results[1:3], caches, slots, self.device)
-
-
-def _bound(prepared: Any, arguments: bytes, stream: int) -> Callable[[bytes], None]:
-    """What launches as ``prepared`` does, but always on this stream with these arguments."""
-    launch_again = prepared.bound(arguments, stream)
-
-    def run(arguments: bytes) -> None:
-        if launch_again():
-            prepared(arguments)  # says what is wrong, or brings the thread its context
-
-    return run
 
 
 def _scatter(values: list[Any], caches: list[Any], slots: Any, device: int) -> None:
@@ -145,7 +133,7 @@ def again(arrays: tuple[Any, ...], outs: tuple[Any, ...], options: tuple[Any, ..
             memory = array.data
             pointer = memory.ptr
             point(pointer)
-            add((array.shape, array.strides, array.dtype.num, memory.device_id, pointer & 15))
+            add((array.shape, array.strides, array.dtype, memory.device_id, pointer & 15))
         else:
             return None
     try:
@@ -180,7 +168,7 @@ def rms_norm_qkv(
     call = Call(arrays, results, shape, eps, recipe, k_slices, static, (options, recipe))
     given = [*arrays.values(), *outs]
     layouts = [
-        None if one is None else (one.shape, one.strides, one.dtype.num, one.data.device_id, one.data.ptr & 15) for one in given
+        None if one is None else (one.shape, one.strides, one.dtype, one.data.device_id, one.data.ptr & 15) for one in given
     ]
     everything = [*arrays.values(), *results.values()]
     call.run(everything, [0 if one is None else one.data.ptr for one in everything])

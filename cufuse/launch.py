@@ -91,7 +91,8 @@ def device_count() -> int:
 
 def current_device() -> int:
     """CuPy's current device; NoGpuError without a GPU."""
-    return int(_cupy().cuda.runtime.getDevice())
+    device: int = _cupy().cuda.runtime.getDevice()
+    return device
 
 
 @functools.cache
@@ -138,15 +139,18 @@ _PER_THREAD: Final = 2  # cudaStreamPerThread: one name for the default streams 
 def current_stream() -> int:
     """CuPy's current stream on the current device: its pointer; for the per-thread default stream, which is another one in each
     thread, a negative number of this thread."""
-    stream = int(_cupy().cuda.get_current_stream().ptr)
+    stream: int = _cupy().cuda.get_current_stream().ptr
     return stream if stream != _PER_THREAD else -_this_thread.number
+
+
+_NOTHING_TO_DO: Final = contextlib.nullcontext()
 
 
 def on_device(device: int) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` CuPy's current one, if it is not that already."""
     cupy = _cupy()
     if cupy.cuda.runtime.getDevice() == device:
-        return contextlib.nullcontext()
+        return _NOTHING_TO_DO
     return cupy.cuda.Device(device)  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_norm, _norm_kernels, launch
+from cufuse import _gpu_norm, _norm_kernels, _repeat, launch
 from tests import gpu_support
 from tests.golden import inputs
 from tests.gpu_support import EPS, codes, from_torch, to_gpu, to_torch, values
@@ -151,6 +151,7 @@ def schedules(rows: int, columns: int, recipe: str) -> dict[str, float | None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_gpu_norm, "configuration", partial(_norm_kernels.configuration, direct=direct, group=group))
             patch.setattr(_gpu_norm, "_plans", {})
+            patch.setattr(_repeat, "_calls", {})
             found[name] = None
             with contextlib.suppress(ValueError, launch.KernelCompileError):
                 graph = cufuse_graph(lambda index: cufuse.rms_norm(x[index], weight, eps=EPS, recipe=recipe, out=y[index]), len(x))

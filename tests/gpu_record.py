@@ -34,6 +34,7 @@ SOURCES = (
     "cufuse/_norm_kernels.py",
     "cufuse/_linear_*.py",
     "cufuse/_gpu_*.py",
+    "cufuse/_repeat.py",
     "cufuse/emulation/sums_kernel.py",
     "cufuse/quantised/formats.py",
     "cufuse/quantised/tiles.py",

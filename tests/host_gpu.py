@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cufuse import launch
+from cufuse import _repeat, launch
 from cufuse.compiler import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,10 +165,12 @@ def installed(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> Iterator[HostGpu
     monkeypatch.setattr(launch, "capability", lambda device: 90)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "current_stream", lambda: 0)
     monkeypatch.setattr(launch, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(launch, "temporary", lambda shape, dtype, purpose: empty(shape, dtype))
     for module in (_gpu_norm, _gpu_rope):
         monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(_repeat, "_calls", {})
     gpu.launched.clear()
     yield gpu
 
@@ -179,7 +181,7 @@ def forget_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (_gpu_linear, _gpu_norm, _gpu_quantised):
         monkeypatch.setattr(module, "_plans", {})
-    for module in (_gpu_qkv, _gpu_quantised_qkv):
+    for module in (_gpu_qkv, _gpu_quantised_qkv, _repeat):
         monkeypatch.setattr(module, "_calls", {})
 
 
@@ -201,7 +203,6 @@ def installed_with_tensor_cores(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -
     for found in installed(monkeypatch, gpu):
         monkeypatch.setattr(_driver, "tensor_map", linear_on_host.tensor_map)
         monkeypatch.setattr(launch, "workspace", gpu.tensor_cores.workspace)
-        monkeypatch.setattr(launch, "current_stream", lambda: 0)
         monkeypatch.setattr(launch, "counters", lambda device: counters.ctypes.data)
         yield found
         assert not counters.any()  # every kernel leaves zeros

@@ -92,7 +92,7 @@ class HostGpu:
 
     def install(self, patch: Any) -> None:
         """Put the stand-ins in place (``patch`` is pytest's monkeypatch)."""
-        from cufuse import _driver, _gpu_linear, launch
+        from cufuse import _driver, _gpu_linear, _repeat, launch
 
         patch.setattr(launch, "prepare", self.prepare)
         patch.setattr(launch, "workspace", self.workspace)
@@ -101,6 +101,7 @@ class HostGpu:
         patch.setattr(launch, "on_device", lambda device: contextlib.nullcontext())
         patch.setattr(_driver, "tensor_map", tensor_map)
         patch.setattr(_gpu_linear, "_plans", {})
+        patch.setattr(_repeat, "_calls", {})
 
     def prepare(
         self,

@@ -133,7 +133,7 @@ def test_rotation_of_one_pair_and_of_nothing(gpu: HostGpu) -> None:
     demand_same("no key", cufuse.rope, q, k[:, :0], *tables)
 
 
-def product(x: Array, weight: Array, out: Array, k_slices: int = 1) -> Array:
+def product(x: Array, weight: Array, out: Array, k_slices: int = 1, *, call: None = None) -> Array:
     """_gpu_linear.linear by the emulation: its kernels have a test of their own on the host."""
     kinds = ["float32" if array.itemsize == 4 else "bfloat16" for array in (x, out)]
     out.host[...] = gemm.project(x.host, weight.host, gemm.Gemm(input=kinds[0], output=kinds[1]), k_slices)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cufuse
+from cufuse import _repeat, launch
 from cufuse.attention import attention
 from cufuse.bf16 import bfloat16
 from cufuse.quantised import QuantisedWeight, quantised_linear
@@ -160,3 +161,65 @@ def test_threads_on_one_stream() -> None:
         assert len(results) == 100
         for one in results:
             demand_same(AREA, one, other, "threads on one stream")
+
+
+def product_of_float32(seed: int) -> tuple[np.ndarray, ...]:
+    return inputs.heavy((5, 256), seed).astype(np.float32) * np.float32(1.01), inputs.bell((48, 256), seed + 1, 0.05)
+
+
+REPEATED: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[np.ndarray, ...]], dict[str, Any]]] = {
+    "linear": (cufuse.linear, lambda seed: (inputs.bell((5, 256), seed), inputs.bell((48, 256), seed + 1, 0.05)), {"k_slices": 2}),
+    "linear, two launches": (cufuse.linear, product_of_float32, {"recipe": "float32"}),
+    "rms_norm": (cufuse.rms_norm, lambda seed: (inputs.heavy((5, 256), seed), inputs.norm_weight(256, seed + 1, 8.0)), {}),
+    "add_rms_norm": (
+        cufuse.add_rms_norm,
+        lambda seed: (inputs.heavy((5, 256), seed), inputs.heavy((5, 256), seed + 1), inputs.norm_weight(256, seed + 2, 8.0)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that are remembered: with other contents, from a thread, on another stream, in a graph."""
+    gpu = gpu_support.cupy()
+    monkeypatch.setattr(_repeat, "_calls", {})
+    function, made, options = REPEATED[name]
+    given = tuple(map(to_gpu, made(1)))
+    out = function(*given, **options)
+    outs = out if isinstance(out, tuple) else (out,)
+
+    def call() -> None:
+        function(*given, **options, out=out)
+
+    def demand_followed(seed: int, run: Callable[[], Any], what: str) -> None:
+        arrays = made(seed)
+        expected = function(*arrays, **options)
+        for one, other in zip(given, arrays, strict=True):
+            codes(one)[...] = codes(to_gpu(other))
+        for one in outs:
+            codes(one)[...] = 0
+        gpu.cuda.Device().synchronize()
+        run()
+        gpu.cuda.Device().synchronize()
+        for one, other in zip(outs, expected if isinstance(expected, tuple) else (expected,), strict=True):
+            demand_same(AREA, one, other, f"{name}, {what}")
+
+    def from_a_thread() -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    for seed in range(2, 6):
+        demand_followed(seed, call, "again")
+    demand_followed(6, from_a_thread, "from a thread")
+    stream = gpu.cuda.Stream(non_blocking=True)
+    with stream:
+        for seed in range(7, 11):
+            demand_followed(seed, call, "on a stream")
+        stream.begin_capture()
+        call()
+        graph = stream.end_capture()
+    demand_followed(11, lambda: graph.launch(stream), "in a graph")
+    demand_followed(12, call, "after the graph")
+    assert {known[0] for known in _repeat._calls} == {launch.current_stream(), stream.ptr}
