@@ -89,7 +89,7 @@ class Plan:
         resident = launch.multiprocessors(device) * (_THREADS // chosen.kernel.threads)
         self._numbers = _NUMBERS.pack(
             rows.rows, rows.inner, *rows.inner_strides, *rows.outer_strides, chosen.mean_operand, np.float32(eps),
-            next_begins_early and resident >= chosen.blocks, 0,
+            next_begins_early and resident >= chosen.blocks, resident if programmatic else 0,
         )  # fmt: skip
         self._residual = residual_sum is not None
         self.overlap = _layout.Overlap(outs, inputs)

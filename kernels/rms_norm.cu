@@ -64,7 +64,7 @@ struct Arguments {
     long long x_outer, residual_outer, y_outer, total_outer;      // between groups
     float mean_operand, eps;
     int next_begins_early;  // the next kernel of a chain may begin before the kernels in front of this one have ended
-    int padding;
+    int first_blocks;       // that run at once: only they may have to wait, and ask for their rows before
 };
 
 // where a row begins
@@ -287,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(GROUP * ROWS, BLOCKS) rms_norm(cons
     const int thread = ROWS > 1 ? threadIdx.x % GROUP : threadIdx.x;
     const u32 row = blockIdx.x * ROWS + (ROWS > 1 ? threadIdx.x / GROUP : 0);  // there are fewer than 2^31
     const Place place(a, row);  // before it waits: addresses alone, and what lies there into the L2 cache
-    if (row < (u32)a.rows) Loaded::prefetch(place, thread);
+    if (blockIdx.x < a.first_blocks && row < (u32)a.rows) Loaded::prefetch(place, thread);
     if (a.next_begins_early) let_next_kernel_begin();
     wait_for_previous_kernel();
     if (!a.next_begins_early) let_next_kernel_begin();
