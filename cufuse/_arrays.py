@@ -31,18 +31,31 @@ def backend(optional: dict[str, Any], /, **required: Any) -> str:
 
 
 def loaded_kernels(module: str, arrays: tuple[Any, ...]) -> Any:
-    """The named module of kernels if an earlier call has imported it and all arrays are CuPy's; None otherwise.
+    """The package's module of that name, which launches kernels, if it has been imported and all arrays are CuPy's; None otherwise.
 
     For calls whose like was checked before: nothing but types is looked at, and None among the arrays is not CuPy's.
     """
-    kernels, cupy = sys.modules.get(module), sys.modules.get("cupy")
-    if kernels is None or cupy is None:
+    # not from sys.modules, where a module already stands while another thread still imports it
+    found, cupy = vars(sys.modules["cufuse"]).get(module), sys.modules.get("cupy")
+    if found is None or cupy is None:
         return None
     kind = cupy.ndarray
     for array in arrays:
         if type(array) is not kind:
             return None
-    return kernels
+    return found
+
+
+def repeated(operation: str, arrays: tuple[Any, ...], recipe: Any, *options: Any) -> tuple[Any, bool]:
+    """What a call shall be remembered by (None: not at all), and whether one like it was and has been made again.
+
+    arrays : results, then inputs; recipe, options : as the caller gave them.
+    """
+    repeat = loaded_kernels("_repeat", arrays)
+    if repeat is None:
+        return None, False
+    call = repeat.described(operation, arrays, recipe, *options)
+    return call, repeat.again(call)
 
 
 def _kind(name: str, array: Any) -> str:

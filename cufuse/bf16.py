@@ -67,7 +67,7 @@ def round_to_bf16(x: Any, *, mode: str = "nearest_even", random_bits: Any = None
     if mode not in ROUNDING_MODES:
         raise ValueError(f"mode is {mode!r}; needed is one of {', '.join(ROUNDING_MODES)}")
     given = (x, out) if random_bits is None else (x, out, random_bits)
-    kernels = _arrays.loaded_kernels("cufuse._gpu_cast", given)
+    kernels = _arrays.loaded_kernels("_gpu_cast", given)
     if kernels is not None and kernels.repeat(given, mode):  # a call like this one has passed the checks
         return out
     arrays = {"x": x} | ({"random_bits": random_bits} if random_bits is not None else {})

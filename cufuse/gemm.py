@@ -51,10 +51,8 @@ def linear(
 
     Raises TypeError for kinds and dtypes, ValueError for shapes, k_slices and an overlapping ``out``.
     """
-    given = (out, x, weight)
-    repeat = _arrays.loaded_kernels("cufuse._repeat", given)
-    call = repeat and repeat.described("linear", given, recipe, k_slices)
-    if repeat and repeat.again(call):
+    call, done = _arrays.repeated("linear", (out, x, weight), recipe, k_slices)
+    if done:
         return out
     numerics = named_recipes.get(recipe)
     gemm = numerics.gemm

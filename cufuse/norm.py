@@ -39,10 +39,8 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6, recipe: str | Recipe = "
 
     Raises TypeError for kinds and dtypes, ValueError for shapes, eps and an overlapping ``out``.
     """
-    given = (out, x, weight)
-    repeat = _arrays.loaded_kernels("cufuse._repeat", given)
-    call = repeat and repeat.described("rms_norm", given, recipe, eps)
-    if repeat and repeat.again(call):
+    call, done = _arrays.repeated("rms_norm", (out, x, weight), recipe, eps)
+    if done:
         return out
     numerics = named_recipes.get(recipe)
     backend = _arrays.backend({"out": out}, x=x, weight=weight)
@@ -79,10 +77,8 @@ def add_rms_norm(
     """
     numerics = named_recipes.get(recipe)
     outs = _arrays.outputs(out, ("normalised", "new residual"))
-    given = (*outs, x, residual, weight)
-    repeat = _arrays.loaded_kernels("cufuse._repeat", given)
-    call = repeat and repeat.described("add_rms_norm", given, recipe, eps)
-    if repeat and repeat.again(call):
+    call, done = _arrays.repeated("add_rms_norm", (*outs, x, residual, weight), recipe, eps)
+    if done:
         return outs[0], outs[1]
     backend = _arrays.backend({"out[0]": outs[0], "out[1]": outs[1]}, x=x, residual=residual, weight=weight)
     columns = _check(x, weight, eps, numerics)

@@ -78,10 +78,10 @@ def rms_norm_qkv(
     names = ("q", "k", "v") if residual is None else ("q", "k", "v", "new residual")
     outs = _arrays.outputs(out, names)
     weights = tuple(qkv_weight) if isinstance(qkv_weight, (tuple, list)) else (qkv_weight,)
-    counts = (heads, kv_heads, head_dim, k_slices)
+    static_weights, numbers = bool(static_weights), (eps, heads, kv_heads, head_dim, k_slices)
     # with their classes, for 1 == 1.0 == True
-    options = (eps, recipe if isinstance(recipe, str) else id(recipe), static_weights, *counts, *map(type, counts))
-    kernels = _arrays.loaded_kernels("cufuse._gpu_qkv", (x,))
+    options = (recipe if isinstance(recipe, str) else id(recipe), static_weights, *numbers, *map(type, numbers))
+    kernels = _arrays.loaded_kernels("_gpu_qkv", (x,))
     if kernels is not None:
         arrays = (x, norm_weight, q_norm_weight, k_norm_weight, cos, sin, residual, cache_slots, *weights)
         repeated = kernels.again(arrays, outs, options)

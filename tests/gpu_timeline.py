@@ -34,13 +34,15 @@ from cufuse.named_recipes import RECIPES
 SLOTS: Final = 8
 """Marks of a CTA."""
 _CTAS: Final = 4096
-_MARK: Final = """
-static __device__ __forceinline__ void mark(unsigned long long* times, int event) {
+_ALIGNMENT: Final = 64
+"""Of a structure of arguments that has tensor maps, and so of its size."""
+_MARK: Final = f"""
+static __device__ __forceinline__ void mark(unsigned long long* times, int event) {{
     if (threadIdx.x != 0) return;
     unsigned long long now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    times[(blockIdx.x + (unsigned long long)gridDim.x * blockIdx.y) * 8 + event] = now;
-}
+    times[(blockIdx.x + (unsigned long long)gridDim.x * blockIdx.y) * {SLOTS} + event] = now;
+}}
 """
 _MEMBER: Final = "    unsigned long long* times;\n"
 _IN_FRONT_ENDED: Final = 1
@@ -123,7 +125,10 @@ class Marks:
         place = self.times[kernel.entry][self.call].data.ptr
         # what the heads of a cluster need ends with eight bytes of padding here
         padded = kernel.entry == "rms_norm_linear_sm90" and dict(kernel.defines)["CLUSTER"] > 0
-        return (arguments[:-8] if padded else arguments) + struct.pack("P", place)
+        if self.grids[kernel.entry] > _CTAS:
+            raise ValueError(f"{kernel.name}: {self.grids[kernel.entry]} CTAs, and there is room for the marks of {_CTAS}")
+        packed = (arguments[:-8] if padded else arguments) + struct.pack("P", place)
+        return packed + bytes(-len(packed) % _ALIGNMENT)
 
 
 def measure(block: Block, clock: Clock, static: bool) -> tuple[float, dict[str, np.ndarray]]:

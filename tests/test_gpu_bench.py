@@ -43,8 +43,6 @@ def test_two_recipes_and_quantised_weights() -> None:
         price, plain = cell.time(f"{name}:batch-invariant"), cell.time(name)
         assert price is not None and plain is not None
         assert 0.5 < price < 1000 and 0.5 < plain < 1000
-        # not how large it is: other tests may keep the GPU busy
-        assert cell.ratio(f"{name}:batch-invariant", name) == price / plain
     assert list(quantised.formats) == [BF16, "Q4_0", "Q8_0"]
     for name, one in quantised.formats.items():
         assert (one.differing, one.against) == (0, "emulation"), name

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -361,11 +362,13 @@ def test_block_options_that_compare_equal(machine: Machine) -> None:
     out = tuple(array(3, count, 64) for count in (4, 1, 1))
     given = {
         "x": array(3, 128), "norm_weight": array(128), "qkv_weight": array(6 * 64, 128), "q_norm_weight": array(64),
-        "k_norm_weight": array(64), "heads": 4, "k_slices": 1, "out": out,
+        "k_norm_weight": array(64), "heads": 4, "k_slices": 1, "out": out, "eps": 0.5, "static_weights": np.array(False),
     }  # fmt: skip
     for _ in range(2):
         cufuse.rms_norm_qkv(**given)
-    for wrong in ({"k_slices": True}, {"k_slices": 1.0}, {"heads": 4.0}, {"k_slices": [1]}, {"eps": [1e-6]}):
+    wrongs: list[dict[str, Any]] = [{"k_slices": one} for one in (True, 1.0, [1])]
+    wrongs += [{"heads": 4.0}, *({"eps": one} for one in ([0.5], 0.5 + 0j, Fraction(1, 2)))]
+    for wrong in wrongs:
         with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
             cufuse.rms_norm_qkv(**given | wrong)
     wide = given | {"recipe": "float32", "x": array(3, 128, dtype=np.float32)}

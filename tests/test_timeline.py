@@ -1,6 +1,7 @@
 """The marks of tests/gpu_timeline.py still fit the kernels: their texts, and the arguments that are packed for them."""
 
 import struct
+import types
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def test_the_place_of_the_times_is_the_last_argument(kernel: Kernel, tmp_path: A
         path = folder / f"{kernel.entry}.cu"
         text = path.read_text(encoding="utf-8")
         at = packed + (120 if heads else 0)
-        path.write_text(f'{text}\nstatic_assert(__builtin_offsetof(Arguments, times) == {at}, "place");\n', encoding="utf-8")
+        checks = f"__builtin_offsetof(Arguments, times) == {at} && sizeof(Arguments) <= {-(-(at + 8) // 64) * 64}"
+        path.write_text(f'{text}\nstatic_assert({checks}, "place");\n', encoding="utf-8")
         compiler.compile_ptx(kernel, "sm_90a")
 
 
@@ -85,7 +87,11 @@ def test_arguments_get_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     marks.call, marks.grids, marks.times = 0, {}, {entry: Times() for entry in gpu_timeline._PLACES}
     word = struct.pack("P", 4096)
     for kernel in _one_of_each():
-        prepared = type("Prepared", (), {"kernel": kernel, "_shape": ((3, 2, 1), 32, 0, 1, True)})()
+        prepared = types.SimpleNamespace(kernel=kernel, _shape=((3, 2, 1), 32, 0, 1, True))
         padded = kernel.entry == "rms_norm_linear_sm90" and dict(kernel.defines)["CLUSTER"] > 0
-        assert marks.add(prepared, b"12345678abcdefgh") == (b"12345678" if padded else b"12345678abcdefgh") + word
+        found = marks.add(prepared, b"12345678abcdefgh")
+        assert found == ((b"12345678" if padded else b"12345678abcdefgh") + word).ljust(64, b"\0")
         assert marks.grids[kernel.entry] == 6
+        prepared._shape = ((4097, 1, 1), 32, 0, 1, True)
+        with pytest.raises(ValueError, match="4097 CTAs, and there is room for the marks of 4096"):
+            marks.add(prepared, b"")
