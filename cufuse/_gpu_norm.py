@@ -48,7 +48,8 @@ def add_rms_norm(
 class Plan:
     """All of a call that its shapes, strides, alignment and recipe decide.
 
-    programmatic : the launch may begin before the kernel in front of it has ended, and waits for it before it reads anything.
+    programmatic : the launch may begin before the kernel in front of it has ended, and waits for it before it reads anything (but
+        into the L2 cache).
     next_begins_early : the kernel behind this one need not wait for that either: it may begin as soon as all blocks have. Where
         the threads of all blocks do not fit onto the multiprocessors at once, it waits nevertheless: it was no quicker without.
     """
@@ -127,7 +128,7 @@ def _run(
         if plan is None:
             if len(_plans) >= _MOST_PLANS:
                 _plans.clear()
-            # the kernel waits before it reads anything, so that only the launch overlaps with the kernel in front
+            # the kernel waits before it reads anything but into the L2 cache
             overlaps = launch.capability(device) >= 90
             plan = _plans[key] = Plan(outs, inputs, alignment, eps, norm, residual_sum, device, programmatic=overlaps)
         plan.overlap.check(pointers)

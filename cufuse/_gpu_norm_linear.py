@@ -36,8 +36,8 @@ H200, K = 4096 and N = 6144, blocks one behind the other: 14.7 us against 15.4 w
 against 17.4 with 64. Twice as much is no better; with four times as much, or with the cache ahead of the ring all the way, it takes
 longer than without. Why has not been measured."""
 _LARGE_TILE: Final = 256 * 1024
-"""Bytes of a CTA's weights beyond which that gains with static weights too (16 rows: 15.8 us against 16.5 at K = 4096, 11.4 against
-11.1 at K = 2560)."""
+"""Bytes that a CTA brings for its tile, weights and shared rows, beyond which asking so early gains with static weights too (16
+rows: 15.8 us against 16.5 at K = 4096; at K = 2560, where each CTA has the rows, 11.4 against 11.1)."""
 _EARLY_TILE: Final = 64 * 1024
 """For one row with static weights all of the ring is asked for (H200, blocks one behind the other: 3.95 us against 4.18 at K = 1024
 and N = 4096, 14.2 against 14.6 at K = 4096, N = 6144), and tiles of so many bytes as a whole while the kernel in front runs (3.42

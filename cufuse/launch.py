@@ -222,7 +222,8 @@ def prepare(
     """Compile, load and shape a launch. threads, dynamic smem: the kernel's own numbers unless given.
 
     cluster : CTAs of a cluster along x. programmatic : the launch may begin before the one in front of it in the stream has
-    ended; only for kernels that wait with ``griddepcontrol.wait`` before they touch what others write.
+    ended; only for kernels that wait with ``griddepcontrol.wait`` before they touch what others write (but to ask
+    for it into the L2 cache).
     Raises KernelCompileError, NoGpuError, and ValueError where the device cannot run the kernel.
     """
     if not kernel.runs_on(capability(device)):

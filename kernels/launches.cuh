@@ -1,8 +1,8 @@
 // Programmatic dependent launch: kernels of a stream that begin before the one in front of them has ended (sm_90 on; nothing
 // on older targets). An ordinary launch waits for nothing here; but it, too, may let a dependent behind it begin.
 //
-// A kernel of a chain waits before it touches what others write, in every block, also in one that has nothing to do: then a
-// kernel that has ended says that all before it have.
+// A kernel of a chain waits before it touches what others write (but to ask for it into the L2 cache), in every block, also in one
+// that has nothing to do: then a kernel that has ended says that all before it have.
 #pragma once
 #include "bf16.cuh"
 
@@ -11,7 +11,7 @@
 CUFUSE_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 // This block's leave for the next kernel to begin.
 CUFUSE_INLINE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
-// 128 bytes into the L2 cache alone, through which all accesses go whoever makes them: no result depends on it, so that it may be
+// The line of an address into the L2 cache alone, through which all accesses go whoever makes them: no result depends on it, so that it may be
 // asked for before what lies there has been written.
 CUFUSE_INLINE void prefetch_line(const void* global) { asm volatile("prefetch.global.L2 [%0];" : : "l"(global) : "memory"); }
 #else

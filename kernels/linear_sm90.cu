@@ -42,7 +42,7 @@ struct Arguments {
     int x_rows;   // rows of x in a stage: TILE_M, or fewer where M is; a multiple of 8
     int depth;    // stages of the ring
     int out_float32, pairs;
-    int weights_ready;            // weights, and they alone, may be touched before the previous kernel ends
+    int weights_ready;            // weights, and they alone, may be read before the previous kernel ends
     int buffers_at, barriers_at;  // bytes from the start of dynamic shared memory
     void* out;
     TensorMap x_map, weight_map, out_map;

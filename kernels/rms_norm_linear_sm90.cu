@@ -66,7 +66,7 @@ struct Arguments {
     int depth;    // stages of the ring
     int pairs;    // two neighbouring outputs may be stored at once
     int early_stages;  // whose weights are fetched before the kernels in front of this one have ended
-    int cached_stages;  // those up to this one that are not: by then only asked for into the L2 cache, whoever still writes them
+    int cached_stages;  // from early_stages to before this one: by then only asked for into the L2 cache, whoever still writes them
     int first_stages;  // and before y is there: no fewer, no more than the ring has
     int ahead_stages;  // RESIDENT: of these, asked for before the rows
     int barriers_at, row_at, y_at;  // bytes from the start of dynamic shared memory
