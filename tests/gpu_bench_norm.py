@@ -22,6 +22,7 @@ import pytest
 
 import cufuse
 from cufuse import _gpu_norm, _norm_kernels, _repeat, launch
+from cufuse.bench_timing import host_cost
 from tests import gpu_support
 from tests.golden import inputs
 from tests.gpu_support import EPS, codes, from_torch, to_gpu, to_torch, values
@@ -159,19 +160,11 @@ def schedules(rows: int, columns: int, recipe: str) -> dict[str, float | None]:
     return found
 
 
-def host_time(calls: int = 2000) -> float:
+def host_time() -> float:
     """Microseconds of Python that one call of a single row costs, launch included."""
-    import time
-
     x, weight = values((1, 4096), 1), to_gpu(inputs.norm_weight(4096, 5, 96.5))
     out = gpu_support.cupy().empty_like(x)
-    for _ in range(50):
-        cufuse.rms_norm(x, weight, out=out)
-    gpu_support.cupy().cuda.Device().synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        cufuse.rms_norm(x, weight, out=out)
-    return (time.perf_counter() - start) / calls * 1e6
+    return host_cost(lambda: cufuse.rms_norm(x, weight, out=out), gpu_support.cupy().cuda.Device().synchronize, calls=400)
 
 
 def main() -> None:
@@ -182,8 +175,9 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     bandwidth = copy_bandwidth()
-    print(f"copy: {bandwidth / 1e12:.2f} TB/s; host time of a call: {host_time():.1f} us")
-    record: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "host_microseconds": host_time(), "sizes": {}, "schedules": {}}
+    host = host_time()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s; host time of a call: {host:.1f} us")
+    record: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "host_microseconds": host, "sizes": {}, "schedules": {}}
     print(f"{'size':>12} {'way':24} {'us':>9} {'TB/s':>6} {'of copy':>8} {'!= HF':>11} {'!= F.rms_norm':>14}")
     for rows, columns in SIZES:
         lines = measure(rows, columns, not given.no_compile)

@@ -1,35 +1,17 @@
 """What a call from Python costs the host, on a GPU: python3 -m tests.gpu_host_cost
 
-Microseconds of one call with ``out=`` and the same arrays again and again, its launches queued and not waited for: the least, the
-median and the most of five batches of 200 calls, after 200 calls that are not counted. One row of Qwen3-0.6B's sizes.
+Microseconds of one call with ``out=`` and the same arrays again and again, its launches queued and not waited for: the median of
+five batches of 200 calls (``cufuse.bench_timing.host_cost``). One row of Qwen3-0.6B's sizes.
 """
 
-import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 import cufuse
 from cufuse.bench_inputs import upload
-
-BATCHES: Final = 5
-CALLS: Final = 200
-
-
-def cost(call: Callable[[], Any], settle: Callable[[], Any]) -> list[float]:
-    """Microseconds of a call in each batch, the least first. settle: waits for what has been queued."""
-    for _ in range(CALLS):
-        call()
-    found = []
-    for _ in range(BATCHES):
-        settle()
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        found.append((time.perf_counter() - begin) / CALLS * 1e6)
-    settle()
-    return sorted(found)
+from cufuse.bench_timing import host_cost
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -60,7 +42,7 @@ def main() -> None:
     import cupy
 
     for name, call in calls().items():
-        print(f"{name:14} {' '.join(f'{one:6.1f}' for one in cost(call, cupy.cuda.runtime.deviceSynchronize)[:: BATCHES // 2])}")
+        print(f"{name:14} {host_cost(call, cupy.cuda.runtime.deviceSynchronize, calls=200):6.1f}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,11 @@ from typing import Any
 
 from tests import gpu_record
 
-SLOW_FIRST = ("block", "quantised", "linear", "projections", "norms", "decoder", "casts", "generation", "bench", "qkv")
+SLOW_FIRST = ("block", "quantised", "linear", "projections", "norms", "decoder", "casts", "generation", "qkv")
 """Modules that take long, so that no process is left alone with one at the end."""
+
+ALONE = ("bench",)
+"""Modules that compare times: they run behind all others, with the GPU to themselves."""
 
 
 def collected() -> list[str]:
@@ -33,7 +36,12 @@ def collected() -> list[str]:
         raise SystemExit(f"pytest cannot collect the tests:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
     found = dict.fromkeys(re.findall(r"^(tests/\w+\.py)::", done.stdout, re.MULTILINE))
     place = {name: order for order, name in enumerate(SLOW_FIRST)}
-    return sorted(found, key=lambda module: place.get(Path(module).stem.removeprefix("test_gpu_"), len(place)))
+    return sorted(found, key=lambda module: place.get(_area(module), len(place)))
+
+
+def _area(module: str) -> str:
+    """"norms" of tests/test_gpu_norms.py."""
+    return Path(module).stem.removeprefix("test_gpu_")
 
 
 def run_module(module: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -81,8 +89,12 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         left = [module for module in modules if not is_done(module, folder, sources)]
         print(f"{len(modules)} modules with tests on a GPU, {len(modules) - len(left)} of them done before", flush=True)
+        alone = [module for module in left if _area(module) in ALONE]
         with ThreadPoolExecutor(given.processes) as pool:
-            list(pool.map(lambda module: run_module(module, folder, given.seconds), left))
+            together = [module for module in left if module not in alone]
+            list(pool.map(lambda module: run_module(module, folder, given.seconds), together))
+        for module in alone:
+            run_module(module, folder, given.seconds)
         parts = {module: folder / f"{Path(module).stem}.json" for module in modules}
         found = {module: json.loads(part.read_text(encoding="utf-8")) for module, part in parts.items() if part.exists()}
     bad = [module for module in modules if module not in found or not found[module]["clean"]]

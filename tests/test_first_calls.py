@@ -47,4 +47,5 @@ def test_a_second_threads_call_while_the_first_imports() -> None:
     """A module stands in sys.modules before it is complete."""
     command = [sys.executable, "-c", _SECOND_THREAD]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("ValueError: eps is -1.0")
     assert all(line.startswith("ValueError: eps is -1.0") for line in done.stdout.splitlines()), done.stdout

@@ -2,6 +2,7 @@
 written when, what is shown of a log."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,27 @@ def test_the_record_is_of_all_modules(monkeypatch: pytest.MonkeyPatch, written: 
     assert written == [({"passed": 6, "failed": 0, "skipped": 0}, {"norms": 15, "casts": 1})]
     assert gpu_run.main() == 0
     assert len(done) == 2  # what has passed on the same sources does not run again
+
+
+def test_modules_that_compare_times_run_alone(monkeypatch: pytest.MonkeyPatch, written: list[Any], tmp_path: Path) -> None:
+    modules = ["tests/test_gpu_bench.py", *MODULES]
+    monkeypatch.setattr(gpu_run, "collected", lambda: modules)
+    monkeypatch.setattr("sys.argv", ["gpu_run", "--parts", str(tmp_path), "--processes", "3"])
+    running: set[str] = set()
+    beside: dict[str, set[str]] = {}
+
+    def run_module(module: str, folder: Path, seconds: float) -> None:
+        running.add(module)
+        time.sleep(0.05)
+        beside[module] = running - {module}
+        (folder / f"{Path(module).stem}.json").write_text(json.dumps(PART | {"source_sha256": "now"}))
+        time.sleep(0.05)
+        running.remove(module)
+
+    monkeypatch.setattr(gpu_run, "run_module", run_module)
+    assert gpu_run.main() == 0 and len(written) == 1
+    assert list(beside)[-1] == modules[0] and beside[modules[0]] == set()
+    assert beside[MODULES[0]] == {MODULES[1]}  # the others do run together
 
 
 @pytest.mark.parametrize("changed", [{"clean": False}, {"source_sha256": "before"}])

@@ -41,8 +41,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch, machines: HostGpu) -> Iterator[HostGpu]
         ("torch", 3, 128, 64, 2, {"residual": None}),
         ("torch-rms-norm", 16, 192, 16, 8, {"residual": None}),
         ("torch", 21, 192, 32, 4, {}),
+        ("torch", 64, 128, 16, 8, STILL),
         ("torch", 64, 128, 64, 2, STILL),
         ("batch-invariant", 5, 128, 32, 4, BARE),
+        ("torch-rms-norm", 8, 128, 128, 2, {"static_weights": True}),
+        ("torch-rms-norm", 32, 128, 32, 4, {"static_weights": True}),
         ("torch-rms-norm", 33, 128, 128, 2, {"static_weights": True}),
     ],
 )
@@ -59,14 +62,15 @@ def test_heads_in_the_same_launch(
     assert all(f" by {cluster}, " in kernel.name for kernel in gpu.tensor_cores.launched)
 
 
-@pytest.mark.parametrize(("tokens", "cluster"), [(20, 8), (64, 8), (33, 4)])
-def test_short_rings(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int, cluster: int) -> None:
-    """A ring of few stages that goes round several times."""
+@pytest.mark.parametrize(("tokens", "cluster", "heads"), [(20, 8, 4), (64, 8, 4), (31, 4, 4), (20, 8, 1), (64, 8, 1), (33, 4, 1)])
+def test_short_rings(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int, cluster: int, heads: int) -> None:
+    """A ring of few stages that goes round several times; with one head there are fewer tiles than rows."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1024)
     monkeypatch.setattr(_gpu_norm_linear, "_HEADS_WIDTHS", (128 // cluster,))
     monkeypatch.setattr(_gpu_norm_linear, "_ROOM", 170 * 1024)
     given = block(RECIPES["torch"], tokens=(tokens,), dimensions=128, hidden=1088) | {"residual": None}
-    given |= {"qkv_weight": np.ascontiguousarray(given["qkv_weight"][: 3 * 128]), "heads": 1}
+    if heads == 1:
+        given |= {"qkv_weight": np.ascontiguousarray(given["qkv_weight"][: 3 * 128]), "heads": 1}
     for seed in (1, 2):
         gpu.tensor_cores.seed = seed
         demand_block(given, f"seed {seed}")

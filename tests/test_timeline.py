@@ -58,6 +58,14 @@ def test_the_place_of_the_times_is_the_last_argument(kernel: Kernel, tmp_path: A
         compiler.compile_ptx(kernel, "sm_90a")
 
 
+@pytest.mark.parametrize("wrong", [["--tokens", "1,256"], ["--tokens", "one"], ["--model", "9b"], ["--form", "Q9_0"]])
+def test_wrong_options(wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_timeline", *wrong])
+    with pytest.raises(SystemExit):
+        gpu_timeline.main()
+    assert f"error: {wrong[0]} {wrong[1]}: " in capsys.readouterr().err
+
+
 def test_rows_of_times() -> None:
     """Two CTAs, four blocks a microsecond apart; one CTA's mark is missing."""
     times = np.zeros((4, 2, gpu_timeline.SLOTS), np.int64)
@@ -75,7 +83,7 @@ def test_rows_of_times() -> None:
     ]
 
 
-def test_arguments_get_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_get_the_place() -> None:
     class Times:
         ptr = 4096
         data = property(lambda self: self)
