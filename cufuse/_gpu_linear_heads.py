@@ -29,8 +29,6 @@ _GROUP_ROWS: Final = 16
 _SHORT_STAGES: Final = 16
 """Stages of a tile up to which the last one's heads have instructions of their own (H200, blocks of 2048 and 8192 rows, K = 1024,
 N = 4096: 32.5 and 130.6 us with them, 34.4 and 134.9 without)."""
-_UNITS: Final = (1, 2)
-"""NORM_UNITS and HALF_STEPS where K is long enough and tiles have two heads."""
 _LEAST_EPS: Final = 2.0**-80
 """Below it a sum of squares of tiny elements may show whether they were rounded (head_fragment.cuh)."""
 _LEAST_ROWS: Final = 65
@@ -104,12 +102,12 @@ class Plan:
         return [(self.prepared, self._pack(pointers))]
 
 
-def _units(k: int, tile_n: int) -> tuple[int, int]:
-    """NORM_UNITS and HALF_STEPS: the smallest parts for which a tile has stages enough."""
+def _units(k: int, tile_n: int) -> int:
+    """NORM_UNITS: the smallest parts for which a tile has stages enough."""
     stages, heads = ceil_div(k, _LINE), tile_n // _HEAD
-    for norm, half_steps in ((_UNITS[0], min(_UNITS[1], 2 * heads)), (2, 1)):
-        if 4 * heads // norm + 2 * half_steps <= stages:
-            return norm, half_steps
+    for units in (1, 2):
+        if 4 * heads // units + 4 <= stages:
+            return units
     raise Unsuited("fewer stages of K than parts of a tile's heads")
 
 
@@ -193,11 +191,11 @@ def _kernel(ends: Ends, sums: dict[str, int], tile_n: int, k: int) -> Kernel:
     norm, units = ends.norm, _units(k, tile_n)
     apart = ceil_div(k, _LINE) <= _SHORT_STAGES
     defines: dict[str, int | str] = {"TILE_N": tile_n, "HEAD_NORM": int(norm is not None), "ROTATE": int(ends.rope is not None)}
-    defines |= {"NORM_UNITS": units[0], "HALF_STEPS": units[1], "LAST_APART": int(apart)}
+    defines |= {"NORM_UNITS": units, "LAST_APART": int(apart)}
     defines |= {"COLUMNS": _HEAD, "GROUP": 32, **sums, **(_NO_NORM if norm is None else point_defines(norm))}
     words = ["no norm"] if norm is None else [norm.sum_order, *point_names(norm)]
     words += ["rotation"] if ends.rope is not None else []
-    words += ["short K"] if units[1] == 1 else ["last apart"] if apart else []
+    words += ["short K"] if units == 2 else ["last apart"] if apart else []
     name = f"linear_heads_sm90 {_TILE_M}x{tile_n}, {', '.join(words)}"
     return Kernel(name, "linear_heads_sm90.cu", "linear_heads_sm90", tuple(defines.items()), _THREADS, capability=90, last=90)
 

@@ -16,41 +16,50 @@ constexpr int HEAD = 128, HEAD_PAIRS = 32;
 static_assert(COLUMNS == HEAD && SUM_THREADS == 32 && SUM_VECTOR == 4 && SUM_TREE == TREE_HALVE, "a vector is two lanes' pairs");
 static_assert(SUM_CHAINS == CHAIN_ONE || SUM_CHAINS == CHAIN_BY_POSITION, "four squares in order");
 
-// Four neighbouring columns' squares, in the lane that has the last two (t odd).
-__device__ __forceinline__ float vector_squares(u32 pair) {
-    const float low = low_of(pair), high = high_of(pair);
-    const float first = __fmaf_rn(high, high, __fmul_rn(low, low));
-    return __fmaf_rn(high, high, __fmaf_rn(low, low, __shfl_xor_sync(0xffffffffu, first, 1)));
-}
+// Of two lanes that hold four neighbouring columns between them, t even finishes row g and t odd row g + 8: one exchange for both.
+struct OwnRow {
+    bool odd;
 
-// Vectors j, j + STEP, j + 2 STEP, ...: depth first, so that few sums wait for others.
-template <int J, int STEP>
-__device__ __forceinline__ float tree_of_squares(const u32 (&pairs)[HEAD_PAIRS], int half) {
-    if constexpr (STEP == HEAD / 8)
-        return vector_squares(pairs[2 * J + half]);
-    else
-        return __fadd_rn(tree_of_squares<J, 2 * STEP>(pairs, half), tree_of_squares<J + STEP, 2 * STEP>(pairs, half));
-}
+    __device__ __forceinline__ OwnRow() : odd(threadIdx.x & 1) {}
+    // Vector j's squares, in order. Columns 8 j ... 8 j + 7 are simulated threads 2 j and 2 j + 1, in lanes t = 0, 1 and 2, 3.
+    __device__ __forceinline__ float squares(const u32 (&pairs)[HEAD_PAIRS], int j) const {
+        const u32 kept = odd ? pairs[2 * j + 1] : pairs[2 * j];
+        const u32 got = shuffle_xor(Pack<u16, 2>{{odd ? pairs[2 * j] : pairs[2 * j + 1]}}, 1).pairs[0];
+        const u32 first = odd ? got : kept, second = odd ? kept : got;
+        float sum = __fmul_rn(low_of(first), low_of(first));
+        sum = __fmaf_rn(high_of(first), high_of(first), sum);
+        sum = __fmaf_rn(low_of(second), low_of(second), sum);
+        return __fmaf_rn(high_of(second), high_of(second), sum);
+    }
+    // Vectors j, j + STEP, j + 2 STEP, ...: depth first, so that few sums wait for others.
+    template <int J, int STEP>
+    __device__ __forceinline__ float tree(const u32 (&pairs)[HEAD_PAIRS]) const {
+        if constexpr (STEP == HEAD / 8)
+            return squares(pairs, J);
+        else
+            return __fadd_rn(tree<J, 2 * STEP>(pairs), tree<J + STEP, 2 * STEP>(pairs));
+    }
+    // Of this lane's row, from the sums of its even and its odd vectors.
+    static __device__ __forceinline__ float joined(float even, float odd) {
+        const float sum = __fadd_rn(even, odd);
+        return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
+    }
+};
 
-// Of row g (half 0) or g + 8 (half 1); every lane returns its row's. Columns 8 j ... 8 j + 7 are simulated threads 2 j and 2 j + 1,
-// in lanes t = 0, 1 and 2, 3.
-__device__ __forceinline__ float sum_of_squares(const u32 (&pairs)[HEAD_PAIRS], int half) {
-    float sum = tree_of_squares<0, 1>(pairs, half);
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
-    const float other = __shfl_xor_sync(0xffffffffu, sum, 1);
-    return threadIdx.x & 1 ? sum : other;
-}
-
-// Rows g (half 0) or g + 8 (half 1), by the factor r of the norm. weights: the 128 weights in shared memory, aligned to 16 bytes.
-__device__ __forceinline__ void weigh_rows(u32 (&pairs)[HEAD_PAIRS], int half, u32 weights, float r) {
+// Columns 64 half ... 64 half + 63 of both rows, by the norm's factor of this lane's own row, in the order of OwnRow. weights: the
+// 128 weights in shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void weigh_columns(u32 (&pairs)[HEAD_PAIRS], int half, u32 weights, float own_factor) {
+    const float other = __shfl_xor_sync(0xffffffffu, own_factor, 1);
+    const bool odd = threadIdx.x & 1;
+    const float factors[2] = {odd ? other : own_factor, odd ? own_factor : other};
 #pragma unroll
-    for (int four = 0; four < 4; ++four) {
+    for (int four = 2 * half; four < 2 * half + 2; ++four) {
         u32 w[4];  // matrices whose eight rows are the same eight weights
         load_matrices(w, weights + (4 * four + (threadIdx.x & 31) / 8) * 16);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            u32& pair = pairs[8 * four + 2 * j + half];
-            pair = weighted<u16>(Pack<u16, 2>{{pair}}, Pack<u16, 2>{{w[j]}}, r).pairs[0];
+        for (int i = 0; i < 8; ++i) {
+            u32& pair = pairs[8 * four + i];
+            pair = weighted<u16>(Pack<u16, 2>{{pair}}, Pack<u16, 2>{{w[i / 2]}}, factors[i % 2]).pairs[0];
         }
     }
 }

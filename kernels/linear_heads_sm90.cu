@@ -13,9 +13,9 @@
 // the first STEPS stages of the next tile, while the tensor cores work; a part that takes longer than a stage's products leaves
 // them idle. The tables come through the ring as two stages more: cos and sin of a head's first half of columns behind the stage
 // during which they are needed first, and of its second. Tiles have at least STEPS stages.
-// A unit of the norm: a factor of half the rows of a head, or its use; of the stores: a quarter of a head's columns. A part has
-// NORM_UNITS of the former, or a share of those of half the columns of all heads, which HALF_STEPS parts divide: the more they are, the
-// shorter is each, and the longer do the tables keep a stage from the ring.
+// A unit of the norm: half the squares of a head, or the norm of half its columns; a part has NORM_UNITS. A part of the stores: a
+// quarter of the columns of all heads, which share what they read of the tables. What counts is shared memory: products and copies
+// need almost all that it can do, and every access of the heads takes its time from them.
 // The last tile's parts are done by the loop's own instructions, which the others' parts have brought into the cache, or where
 // LAST_APART by a copy of them behind it.
 #include "wgmma.cuh"
@@ -24,14 +24,13 @@
 
 constexpr int TILE_M = 128, LINE = 64;  // k, or columns of a head, in a line of 128 bytes
 constexpr int TILE_HEADS = TILE_N / HEAD;
-constexpr int FIRST_SEND = 4 * TILE_HEADS / NORM_UNITS, STEPS = FIRST_SEND + 2 * HALF_STEPS;
-constexpr int HALF_UNITS = 2 * TILE_HEADS;  // that store half the columns of all heads
+constexpr int FIRST_SEND = 4 * TILE_HEADS / NORM_UNITS, STEPS = FIRST_SEND + 4;
 constexpr int THREADS = 384, CONSUMER_WARPS = 8;
 constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128, TABLES_BYTES = 2 * X_BYTES;
 constexpr u32 BUFFER_BYTES = 16 * 128;  // 16 rows of half a head: a warp has two of them
 constexpr u32 WEIGHT_BYTES = HEAD * 2;
 static_assert(TILE_HEADS <= 2 && TABLES_BYTES <= STAGE_BYTES, "tiles of one or two heads");
-static_assert(NORM_UNITS <= 2 && HALF_STEPS <= HALF_UNITS, "a part normalises rows of one head, and no part is empty");
+static_assert(NORM_UNITS <= 2, "a part normalises one head");
 
 struct Arguments {
     int stages;  // of a tile
@@ -126,7 +125,7 @@ struct Bringer {
                 bring_x(tile, stage, place.slot);
                 place.advance(ring.depth);
                 if (owed && stage == FIRST_SEND) bring_tables(before, 0, place);
-                if (owed && stage == FIRST_SEND + HALF_STEPS) bring_tables(before, 1, place);
+                if (owed && stage == FIRST_SEND + 2) bring_tables(before, 1, place);
             }
             owed = tile.takes_tables(a);
             before = tile;
@@ -149,8 +148,7 @@ struct Consumer {
     Place place;
     int before;      // slot of the stage before
     int tables;      // slot of the tables in use
-    u32 buffer;      // which of the two comes next
-    float factor;    // of a row, between its norm's two units
+    float sum;       // between a head's units: of half its squares, then the factor of this lane's row
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
@@ -180,44 +178,35 @@ struct Consumer {
         for (int i = 0; i < TILE_N / 4; ++i) pairs[i / HEAD_PAIRS][i % HEAD_PAIRS] = pack_bf16(c[2 * i], c[2 * i + 1]);
     }
 
-    // Of a part of a half's stores: nearest to even shares.
-    static __device__ __forceinline__ constexpr int first_unit(int part) {
-        return (2 * part * HALF_UNITS + HALF_STEPS) / (2 * HALF_STEPS);
-    }
     // Part number `step` of what is left to do with a tile.
     __device__ __forceinline__ void finish(int step, const Tile& tile, u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
         if (step >= FIRST_SEND) {
-            const int half = (step - FIRST_SEND) / HALF_STEPS, part = (step - FIRST_SEND) % HALF_STEPS;
-#pragma unroll
-            for (int unit = first_unit(part); unit < first_unit(part + 1); ++unit) send(half * HALF_UNITS + unit, tile, pairs);
+            send(step - FIRST_SEND, tile, pairs);
         } else if (HEAD_NORM) {
             const int which = tile.which(a, step * NORM_UNITS / 4);
 #pragma unroll
-            for (int i = 0; i < NORM_UNITS; ++i) normalise(step * NORM_UNITS + i, which, pairs[step * NORM_UNITS / 4 % TILE_HEADS]);
+            for (int i = 0; i < NORM_UNITS; ++i)
+                normalise((step * NORM_UNITS + i) % 4, which, pairs[step * NORM_UNITS / 4 % TILE_HEADS]);
         }
     }
     __device__ __forceinline__ void normalise(int unit, int which, u32 (&pairs)[HEAD_PAIRS]) {
         if (which > K) return;
-        const int half = unit / 2 % 2;
-        if (unit % 2 == 0)
-            factor = reciprocal_root(sum_of_squares(pairs, half), which == Q ? a.q_mean_operand : a.k_mean_operand, a.eps);
+        const OwnRow own;
+        if (unit == 0)
+            sum = own.tree<0, 2>(pairs);
+        else if (unit == 1)
+            sum = reciprocal_root(own.joined(sum, own.tree<1, 2>(pairs)), which == Q ? a.q_mean_operand : a.k_mean_operand, a.eps);
         else
-            weigh_rows(pairs, half, ring.first + a.weights_at + which * WEIGHT_BYTES, factor);
+            weigh_columns(pairs, unit - 2, ring.first + a.weights_at + which * WEIGHT_BYTES, sum);
     }
 
-    // Columns 32 quarter ... 32 quarter + 31 of a head into a buffer for half of it. target, table: this lane's address for the
-    // half's first sixteen columns; the next sixteen lie two units of the swizzle further on.
+    // Columns 32 quarter ... 32 quarter + 31 of a head into a buffer for half of it. target: this lane's address for the half's
+    // first sixteen columns; the next sixteen lie two units of the swizzle further on.
     template <bool ROTATED>
-    static __device__ __forceinline__ void write_quarter(u32 target, u32 table, int quarter, const u32 (&pairs)[HEAD_PAIRS]) {
+    static __device__ __forceinline__ void write_quarter(
+        u32 target, int quarter, const u32 (&cos)[2][4], const u32 (&sin)[2][4], const u32 (&pairs)[HEAD_PAIRS]
+    ) {
         const int half = quarter / 2, first = quarter % 2 * 2;
-        u32 cos[2][4], sin[2][4];
-        if (ROTATED) {  // all at once: they wait long while the tensor cores read shared memory
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                load_matrices(cos[i], table ^ (32 * (first + i)));
-                load_matrices(sin[i], (table ^ (32 * (first + i))) + X_BYTES);
-            }
-        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int two = first + i;
@@ -231,44 +220,55 @@ struct Consumer {
             store_matrices(target ^ (32 * two), out[0], out[1], out[2], out[3]);
         }
     }
-    // A quarter of a head's columns; the second of two sends both to their place. Units: halves, in them heads, in them quarters.
-    __device__ __forceinline__ void send(int unit, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
-        const int half = unit / HALF_UNITS, i = unit / 2 % TILE_HEADS, quarter = 2 * half + unit % 2;
-        const bool takes_tables = tile.takes_tables(a);
-        if (takes_tables && unit % HALF_UNITS == 0) {
-            barrier_wait(ring.full + place.slot * 8, place.parity);
-            tables = place.slot;
-            place.advance(ring.depth);
-        }
-        const int which = tile.which(a, i);
-        if (which != NONE) {
-            // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
-            const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
-            const u32 target = ring.first + a.buffers_at + (warp() * 2 + buffer) * BUFFER_BYTES;
-            if (unit % 2 == 0) {
-                if (lane() == 0) wait_for_store_reads<1>();
-                __syncwarp();
+    // A quarter of the columns of all heads; the second of two sends half of them to their places.
+    __device__ __forceinline__ void send(int quarter, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
+        const int half = quarter / 2;
+        const bool begins = quarter % 2 == 0, takes_tables = tile.takes_tables(a);
+        // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
+        const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
+        u32 cos[2][4] = {}, sin[2][4] = {};
+        if (takes_tables) {
+            if (begins) {
+                barrier_wait(ring.full + place.slot * 8, place.parity);
+                tables = place.slot;
+                place.advance(ring.depth);
             }
             const u32 table = ring.stage(tables) + warp() * 16 * 128 + own_place;
-            if (ROTATE && which < V)
-                write_quarter<ROTATE != 0>(target + own_place, table, quarter, pairs[i]);
-            else
-                write_quarter<false>(target + own_place, table, quarter, pairs[i]);
-            if (unit % 2 == 1) {
-                fence_shared_for_copies();
-                __syncwarp();
-                if (lane() == 0) {
-                    const int first = which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads;
-                    store_box(&a.out_map[which], (tile.head(i) - first) * HEAD + half * LINE, tile.m + warp() * 16, target);
-                    commit_stores();
-                }
-                buffer ^= 1;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                load_matrices(cos[i], table ^ (32 * (quarter % 2 * 2 + i)));
+                load_matrices(sin[i], (table ^ (32 * (quarter % 2 * 2 + i))) + X_BYTES);
             }
         }
-        if (takes_tables && unit % HALF_UNITS == HALF_UNITS - 1) {
-            __syncwarp();  // all lanes have read them
-            release(tables);
+#pragma unroll
+        for (int i = 0; i < TILE_HEADS; ++i) {
+            const int which = tile.which(a, i);
+            // each of two heads has a buffer, a single one has both in turn: the box that was there has been read
+            const u32 target = buffer(half, i) + own_place;
+            if (begins) {
+                if (lane() == 0) i == 0 ? wait_for_store_reads<1>() : wait_for_store_reads<0>();
+                __syncwarp();
+            }
+            if (ROTATE && which < V)
+                write_quarter<ROTATE != 0>(target, quarter, cos, sin, pairs[i]);
+            else
+                write_quarter<false>(target, quarter, cos, sin, pairs[i]);
         }
+        if (begins) return;
+        fence_shared_for_copies();
+        __syncwarp();  // and all lanes have read the tables
+        if (lane() == 0) {
+#pragma unroll
+            for (int i = 0; i < TILE_HEADS; ++i) {
+                const int which = tile.which(a, i), head = tile.head(i) - (which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads);
+                if (which != NONE) store_box(&a.out_map[which], head * HEAD + half * LINE, tile.m + warp() * 16, buffer(half, i));
+                commit_stores();
+            }
+        }
+        if (takes_tables) release(tables);
+    }
+    __device__ __forceinline__ u32 buffer(int half, int head) const {
+        return ring.first + a.buffers_at + (warp() * 2 + (half * TILE_HEADS + head) % 2) * BUFFER_BYTES;
     }
 
     __device__ __forceinline__ void run() {
@@ -338,6 +338,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const
     } else {
         take_registers<232>();
         wait_for_previous_kernel();
-        Consumer{a, ring, {0, 0}, 0, 0, 0, 0.0f}.run();
+        Consumer{a, ring, {0, 0}, 0, 0, 0.0f}.run();
     }
 }

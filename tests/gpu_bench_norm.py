@@ -1,13 +1,15 @@
 """Speed of ``rms_norm`` on a GPU beside PyTorch's ways, with the bits that each gives: python3 -m tests.gpu_bench_norm
 
 One table a size: microseconds of one call inside a CUDA graph of many calls over different memory (medians of the replays),
-bytes moved a second, and how many outputs differ from Hugging Face's eager module and from ``F.rms_norm``. Peers run in the same
-process, one after the other. A single row's buffers stay in the L2 cache, as activations do. ``--schedules`` also times all
-schedules of kernels/rms_norm.cu where they exist, for two recipes.
+bytes moved a second, and how many outputs differ from Hugging Face's eager module and from ``F.rms_norm``. All ways run in one
+process, in turn; Liger where it is installed. A single row's buffers stay in the L2 cache, as activations do. ``--schedules`` also
+times all schedules of kernels/rms_norm.cu where they exist, for two recipes.
 """
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import itertools
 import json
 import statistics
@@ -40,6 +42,8 @@ SCHEDULES: dict[str, tuple[bool | None, int | None]] = {
 """Whether registers hold a row, and the threads of one in shared memory, as each demands."""
 CACHE_BYTES = 60 << 20
 MOST_CALLS = 400
+TURNS = 3
+LIGER = "liger_kernel.transformers.rms_norm"
 
 
 def buffers(rows: int, columns: int) -> tuple[Any, Any]:
@@ -110,10 +114,22 @@ def peers(weight: Any, compiled: bool) -> Iterator[tuple[str, Callable[[Any], An
     if compiled:
         torch._dynamo.config.recompile_limit = 64
         yield "torch.compile", torch.compile(module, dynamic=False)
+    if importlib.util.find_spec(LIGER.partition(".")[0]) is not None:
+        liger = importlib.import_module(LIGER).LigerRMSNorm(len(weight), eps=EPS, casting_mode="llama").to("cuda")
+        liger.weight = module.weight
+        yield "Liger, llama mode", liger
 
 
 def differing(found: Any, expected: Any) -> int:
     return int(gpu_support.cupy().count_nonzero(codes(found) != codes(expected)))
+
+
+def _of(function: Callable[[Any], Any], tensors: list[Any], index: int) -> Any:
+    return function(tensors[index])
+
+
+def _own(recipe: str, weight: Any, x: Any, y: Any, index: int) -> Any:
+    return cufuse.rms_norm(x[index], weight, eps=EPS, recipe=recipe, out=y[index])
 
 
 def measure(rows: int, columns: int, compiled: bool) -> list[dict[str, Any]]:
@@ -122,24 +138,28 @@ def measure(rows: int, columns: int, compiled: bool) -> list[dict[str, Any]]:
     x, y = buffers(rows, columns)
     weight = to_gpu(inputs.norm_weight(columns, 5, 96.5))
     tensors = [to_torch(x[index]) for index in range(len(x))]
-    lines, references = [], {}
+    graphs: dict[str, Callable[[], None]] = {}
+    results: dict[str, Any] = {}
     for name, function in peers(weight, compiled):
         with torch.no_grad():
-            result = from_torch(function(tensors[0])).copy()
-        references[name] = result
-        time = median_time(torch_graph(lambda index, f=function: f(tensors[index]), len(x)), len(x))
-        lines.append({"way": name, "microseconds": time, "result": result})
+            results[name] = from_torch(function(tensors[0])).copy()
+        graphs[name] = torch_graph(partial(_of, function, tensors), len(x))
     for recipe in ("torch", "torch-rms-norm"):
         y.view(np.uint16).fill(0xFFFF)
-        norm = partial(cufuse.rms_norm, weight=weight, eps=EPS, recipe=recipe)
-        result = norm(x[0], out=y[0]).copy()
-        time = median_time(cufuse_graph(lambda index, n=norm: n(x[index], out=y[index]), len(x)), len(x))
-        lines.append({"way": f"cufuse, {recipe}", "microseconds": time, "result": result})
-    for line in lines:
-        result = line.pop("result")
-        line["terabytes_per_second"] = 4 * rows * columns / line["microseconds"] * 1e-6
-        line["from_hugging_face"] = differing(result, references["Hugging Face, eager"])
-        line["from_f_rms_norm"] = differing(result, references["F.rms_norm"])
+        own = partial(_own, recipe, weight, x, y)
+        results[f"cufuse, {recipe}"] = own(0).copy()
+        graphs[f"cufuse, {recipe}"] = cufuse_graph(own, len(x))
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(TURNS):
+        for name, graph in graphs.items():
+            times[name].append(median_time(graph, len(x)))
+    lines = []
+    for name, result in results.items():
+        time = statistics.median(times[name])
+        line = {"way": name, "microseconds": time, "terabytes_per_second": 4 * rows * columns / time * 1e-6}
+        line["from_hugging_face"] = differing(result, results["Hugging Face, eager"])
+        line["from_f_rms_norm"] = differing(result, results["F.rms_norm"])
+        lines.append(line)
     return lines
 
 
