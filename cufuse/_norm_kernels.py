@@ -25,6 +25,9 @@ against 7.2 at 2048)."""
 _LIGHT_COLUMNS: Final = 8192
 """Longest row of bfloat16 for which 32 registers suffice to each thread of the schedule DIRECT 0."""
 _ROOMY_SMEM: Final = 1 << 16
+_MANY_ROWS: Final = 8
+"""Of bfloat16 for each multiprocessor, from which they go through shared memory where 256 or 512 threads take two whole packs each
+(H200, `torch-rms-norm`, against registers: 2048 x 4096 10.1 us and 10.9, 4096 x 8192 36.9 and 39.2; `torch` 39.8 and 43.1)."""
 
 
 class Types(NamedTuple):
@@ -67,8 +70,11 @@ def configuration(
     sums = order_defines(order, rows, columns)
     wide = types.x if residual_sum is None else residual_sum != "rounded"
     few = rows <= multiprocessors
+    plain = not any(types) and residual_sum is None
     if direct is None:
         direct = _schedule(sums, columns, chunk, wide)
+        if direct and group is None and plain and chunk == 8 and rows >= _MANY_ROWS * multiprocessors and columns in (4096, 8192):
+            direct, group = False, columns // 16
     elif direct and not _fits_registers(sums, columns, chunk, wide):
         raise ValueError(f"a thread cannot hold its part of {columns} columns in registers (order {order!r}, chunk {chunk})")
     smem, resident = 4 * scratch_floats(sums), 1
@@ -84,7 +90,7 @@ def configuration(
         if not few and group is None:
             threads = max(-(-columns // chunk // 64) * 32, min(threads, 128))  # two chunks each, where rows keep all threads busy
         group, rows_per_block = min(most, threads), 1
-        if not few and not any(types) and residual_sum is None and columns <= _LIGHT_COLUMNS:
+        if not few and plain and columns <= _LIGHT_COLUMNS:
             resident = 2048 // group if group >= 128 else 1
     defines: dict[str, int | str] = {"COLUMNS": columns, **sums}
     defines |= {"GROUP": group, "ROWS": rows_per_block, "CHUNK": chunk, "DIRECT": int(direct)}

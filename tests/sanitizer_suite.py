@@ -121,12 +121,12 @@ def run_kernels() -> None:
     print(f"{CALL}heads in the shadow", flush=True)
     # heads in the shadow of many rows' products, which small sizes would not be given to
     with pytest.MonkeyPatch.context() as patch:
-        for width in (128, 256):
+        for width, k in ((128, 456), (256, 456), (256, 776)):
             patch.setattr(_gpu_linear_heads, "_choose", lambda problem, rotates, width=width: width)
             patch.setattr(_gpu_qkv, "_calls", {})
-            weight, tokens = inputs.bell((6 * 128, 456), 8, 0.05), 130
+            weight, tokens = inputs.bell((6 * 128, k), 8, 0.05), 130
             cos, sin = cufuse.rope_tables(np.arange(tokens), 128)
-            given = (inputs.heavy((tokens, 456), 9), inputs.norm_weight(456, 1, 8.0), weight)
+            given = (inputs.heavy((tokens, k), 9), inputs.norm_weight(k, 1, 8.0), weight)
             norms = inputs.norm_weight(128, 2, 6.0), inputs.norm_weight(128, 3, 96.5)
             # initcheck does not see what the copy engine stores: an output that it left out would still have other bits
             out = tuple(np.zeros((tokens, heads, 128), cufuse.bfloat16) for heads in (4, 1, 1))
