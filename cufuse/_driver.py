@@ -14,7 +14,7 @@ INVALID_CONTEXT: Final = 201
 """CUresult where a thread has not used the GPU before: the runtime has not made its context current there."""
 
 _BFLOAT16: Final = 9  # CUtensorMapDataType
-_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3  # CUtensorMapSwizzle
+_SWIZZLES: Final = {64: 2, 128: 3}  # CUtensorMapSwizzle of lines of so many bytes
 _PROMOTE_256B: Final = 3  # CUtensorMapL2promotion
 _ATTRIBUTE_CLUSTER, _ATTRIBUTE_PROGRAMMATIC = 4, 6  # CUlaunchAttributeID
 _CAPTURE_RELAXED: Final = 2  # CUstreamCaptureMode
@@ -91,14 +91,12 @@ def relaxed_capture() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def tensor_map(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: bool = True
-) -> bytes:
+def tensor_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     """The 128 bytes of a CUtensorMap over bfloat16 memory.
 
-    shape, box: fastest axis first; strides: bytes of the axes after the first. ``swizzle``: the 128-byte pattern (16-byte
-    unit u of 128-byte line r lies at u ^ (r & 7)). What lies outside the shape reads as zero and is not written. A map holds
-    no memory: the same pointer, shape and strides have the same map.
+    shape, box: fastest axis first; strides: bytes of the axes after the first. In shared memory a box lies swizzled: 16-byte unit
+    u of line r at u ^ (r & 7) where lines have 128 bytes, at u ^ (r >> 1 & 3) where they have 64. What lies outside the shape
+    reads as zero and is not written. A map holds no memory: the same pointer, shape and strides have the same map.
     """
     rank = len(shape)
     space = ctypes.create_string_buffer(_MAP_BYTES + 64)
@@ -113,7 +111,7 @@ def tensor_map(
         _array(ctypes.c_uint32, box),
         _array(ctypes.c_uint32, (1,) * rank),
         0,  # no interleave
-        _SWIZZLE_128B if swizzle else _SWIZZLE_NONE,
+        _SWIZZLES[2 * box[0]],
         _PROMOTE_256B,
         0,  # out of bounds: zeros
     )

@@ -21,14 +21,11 @@ _WIDTHS: Final = (256, 128)
 _LINE: Final = 64
 _THREADS: Final = 384
 _BUFFER_BYTES: Final = 8 * 2 * 2048
-"""Two boxes of each warp that multiplies."""
+"""Two for each warp that multiplies: a quarter of each head of 16 rows."""
 _WEIGHT_BYTES: Final = 2 * 2 * _HEAD
 _LEAST_DEPTH, _MOST_DEPTH = 3, 32
 _GROUP_ROWS: Final = 16
 """As in linear_sm90: tiles one above the other that run together."""
-_SHORT_STAGES: Final = 16
-"""Stages of a tile up to which the last one's heads have instructions of their own (H200, blocks of 2048 and 8192 rows, K = 1024,
-N = 4096: 32.5 and 130.6 us with them, 34.4 and 134.9 without)."""
 _LEAST_EPS: Final = 2.0**-80
 """Below it a sum of squares of tiny elements may show whether they were rounded (head_fragment.cuh)."""
 _LEAST_ROWS: Final = 65
@@ -60,7 +57,10 @@ class Plan:
         heads, kv_heads, tokens = out[0].shape[-2], out[1].shape[-2], p.m
         _require(block, ends, p, eps, alignment)
         strides = _token_strides(block)
-        width = _choose(p, ends.rope is not None) if tile_n is None else tile_n
+        widths = [one for one in (_WIDTHS if tile_n is None else (tile_n,)) if ceil_div(p.k, _LINE) >= _parts(one)]
+        if not widths:
+            raise Unsuited("fewer stages of K than parts of a tile's heads")
+        width = _choose(p, widths, ends.rope is not None) if tile_n is None else tile_n
         stage = _LINE * 2 * (_TILE_M + width)
         depth = min((p.shared_memory - _BUFFER_BYTES - _WEIGHT_BYTES - 16 * _MOST_DEPTH) // stage, _MOST_DEPTH)
         if depth < _LEAST_DEPTH:
@@ -70,7 +70,7 @@ class Plan:
         barriers_at = weights_at + _WEIGHT_BYTES
         tiles_m, tiles_n = ceil_div(tokens, _TILE_M), ceil_div(p.n, width)
         grid = min(tiles_m * tiles_n, p.multiprocessors)
-        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width, p.k)
+        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width)
         smem = barriers_at + 16 * depth
         self.tile_n = width
         self.prepared = launch.prepare(kernel, device, grid, threads=_THREADS, smem=smem, programmatic=p.programmatic)
@@ -84,7 +84,7 @@ class Plan:
             ((p.k, p.n), (p.weight_stride * 2,), (_LINE, width)),
             *(((_HEAD, tokens), (stride,), (_LINE, _TILE_M)) for stride in strides[:2]),
             *(
-                ((count * _HEAD, tokens), (stride,), (_LINE, 16))
+                ((count * _HEAD, tokens), (stride,), (_HEAD // 4, 16))
                 for count, stride in zip((heads, kv_heads, kv_heads), strides[2:], strict=True)
             ),
         ]
@@ -100,15 +100,6 @@ class Plan:
     def launches(self, pointers: tuple[int, ...]) -> list[tuple[Any, bytes]]:
         """What to launch. pointers: x, weight, q, k, v, cos, sin, q_weight, k_weight; 0 where there is none."""
         return [(self.prepared, self._pack(pointers))]
-
-
-def _units(k: int, tile_n: int) -> int:
-    """NORM_UNITS: the smallest parts for which a tile has stages enough."""
-    stages, heads = ceil_div(k, _LINE), tile_n // _HEAD
-    for units in (1, 2):
-        if 4 * heads // units + 4 <= stages:
-            return units
-    raise Unsuited("fewer stages of K than parts of a tile's heads")
 
 
 def _require(block: Block, ends: Ends, p: Problem, eps: float, alignment: int) -> None:
@@ -157,9 +148,9 @@ def _token_strides(block: Block) -> list[int]:
     return [stride * 2 or 16 for stride in walked.inner_strides]
 
 
-def _choose(p: Problem, rotates: bool) -> int:
+def _choose(p: Problem, widths: list[int], rotates: bool) -> int:
     """The width of the fewest cycles. Raises Unsuited where products and heads in separate launches take fewer."""
-    width = min(_WIDTHS, key=lambda one: (cycles(p, one, rotates), -one))
+    width = min(widths, key=lambda one: (cycles(p, one, rotates), -one))
     plain = tiles.cycles(p, tiles.choose_warpgroups(p))
     heads = _HEADS_SECONDS + p.m * p.n * 4 / _HEADS_BYTES_A_SECOND
     if cycles(p, width, rotates) > plain + heads * _CYCLES_A_SECOND:
@@ -176,6 +167,11 @@ def cycles(p: Problem, tile_n: int, rotates: bool) -> int:
     return rounds * (ceil_div(p.k, 64) * stage + tables + _ROUNDING_CYCLES) + _TAIL_CYCLES * tile_n // 256
 
 
+def _parts(tile_n: int) -> int:
+    """That the kernel divides a tile's heads into: STEPS."""
+    return 4 * (tile_n // _HEAD) + 4
+
+
 def _sums(norm: Norm | None, tokens: int, heads: int, kv_heads: int) -> dict[str, int]:
     """The sum's macros. Raises Unsuited where a simulated thread is not one vector of four."""
     if norm is None:
@@ -187,15 +183,12 @@ def _sums(norm: Norm | None, tokens: int, heads: int, kv_heads: int) -> dict[str
     return sums
 
 
-def _kernel(ends: Ends, sums: dict[str, int], tile_n: int, k: int) -> Kernel:
-    norm, units = ends.norm, _units(k, tile_n)
-    apart = ceil_div(k, _LINE) <= _SHORT_STAGES
+def _kernel(ends: Ends, sums: dict[str, int], tile_n: int) -> Kernel:
+    norm = ends.norm
     defines: dict[str, int | str] = {"TILE_N": tile_n, "HEAD_NORM": int(norm is not None), "ROTATE": int(ends.rope is not None)}
-    defines |= {"NORM_UNITS": units, "LAST_APART": int(apart)}
     defines |= {"COLUMNS": _HEAD, "GROUP": 32, **sums, **(_NO_NORM if norm is None else point_defines(norm))}
     words = ["no norm"] if norm is None else [norm.sum_order, *point_names(norm)]
     words += ["rotation"] if ends.rope is not None else []
-    words += ["short K"] if units == 2 else ["last apart"] if apart else []
     name = f"linear_heads_sm90 {_TILE_M}x{tile_n}, {', '.join(words)}"
     return Kernel(name, "linear_heads_sm90.cu", "linear_heads_sm90", tuple(defines.items()), _THREADS, capability=90, last=90)
 
@@ -203,13 +196,13 @@ def _kernel(ends: Ends, sums: dict[str, int], tile_n: int, k: int) -> Kernel:
 def _kernels() -> tuple[Kernel, ...]:
     """A choice for compile tests and tables: the recipes that it serves, with and without norm and rotation, and narrow tiles."""
     found: dict[str, Kernel] = {}
-    for recipe, norm, rotation, tile_n, k in (
-        *((name, True, True, 256, 4096) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
-        *(("torch", *parts, 256, 4096) for parts in ((True, False), (False, True), (False, False))),
-        *(("torch", True, True, *tile) for tile in ((128, 4096), (256, 1024), (256, 512))),
+    for recipe, norm, rotation, tile_n in (
+        *((name, True, True, 256) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
+        *(("torch", *parts, 256) for parts in ((True, False), (False, True), (False, False))),
+        ("torch", True, True, 128),
     ):
         last = ends(RECIPES[recipe], norm, rotation)
-        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n, k)
+        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n)
         found.setdefault(kernel.name, kernel)
     return tuple(found.values())
 

@@ -220,7 +220,7 @@ def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> 
             _WARPGROUP_ARGUMENTS.pack(*numbers, out)
             + _driver.tensor_map(x, *x_view)
             + _driver.tensor_map(weight, *weight_view)
-            + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (columns, 16), columns == 64) if c.box_store else bytes(128))
+            + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (columns, 16)) if c.box_store else bytes(128))
         )
 
     return Launch(

@@ -14,7 +14,7 @@ import cufuse
 from cufuse.bench_inputs import Block, Layer, differing, poison, upload
 from cufuse.bench_peers import OTHERS, Peers, TorchBlock
 from cufuse.bench_results import COLUMNS, CUFUSE, EAGER, GEMM, STATIC, Cell, Measurement, Results, column_of
-from cufuse.bench_timing import Clock, LostGpuError, Run, allocated, host_cost, in_turn
+from cufuse.bench_timing import WARM_SECONDS, Clock, LostGpuError, Run, allocated, host_cost, in_turn
 from cufuse.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Front:
         try:
             runs = self._runs(cell, blocks, torch_block, read)
             self.show(f"{cell.model}, {cell.tokens} tokens: timing", 0.7)
-            for name, samples in in_turn(self.clock.time, runs, self.settings.repeat).items():
+            for name, samples in in_turn(self.clock.time, runs, self.settings.repeat, WARM_SECONDS).items():
                 if samples.error is not None:
                     cell.columns[name].fail(samples.error)
                 elif samples.times:

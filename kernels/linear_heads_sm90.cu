@@ -13,24 +13,21 @@
 // the first STEPS stages of the next tile, while the tensor cores work; a part that takes longer than a stage's products leaves
 // them idle. The tables come through the ring as two stages more: cos and sin of a head's first half of columns behind the stage
 // during which they are needed first, and of its second. Tiles have at least STEPS stages.
-// A unit of the norm: half the squares of a head, or the norm of half its columns; a part has NORM_UNITS. A part of the stores: a
-// quarter of the columns of all heads, which share what they read of the tables. What counts is shared memory: products and copies
-// need almost all that it can do, and every access of the heads takes its time from them.
-// The last tile's parts are done by the loop's own instructions, which the others' parts have brought into the cache, or where
-// LAST_APART by a copy of them behind it.
+// A part of the norm: half the squares of a head, or the norm of half its columns; of the stores: a quarter of the columns of all
+// heads, which share what they read of the tables. What counts is shared memory: products and copies need almost all that it can
+// do, and every access of the heads takes its time from them.
 #include "wgmma.cuh"
 #include "head_fragment.cuh"
 #include "ring.cuh"
 
 constexpr int TILE_M = 128, LINE = 64;  // k, or columns of a head, in a line of 128 bytes
 constexpr int TILE_HEADS = TILE_N / HEAD;
-constexpr int FIRST_SEND = 4 * TILE_HEADS / NORM_UNITS, STEPS = FIRST_SEND + 4;
+constexpr int FIRST_SEND = 4 * TILE_HEADS, STEPS = FIRST_SEND + 4;
 constexpr int THREADS = 384, CONSUMER_WARPS = 8;
 constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128, TABLES_BYTES = 2 * X_BYTES;
-constexpr u32 BUFFER_BYTES = 16 * 128;  // 16 rows of half a head: a warp has two of them
+constexpr u32 BOX_BYTES = 16 * 64, BUFFER_BYTES = 2 * BOX_BYTES;  // 16 rows of a quarter of a head; a warp has two buffers
 constexpr u32 WEIGHT_BYTES = HEAD * 2;
 static_assert(TILE_HEADS <= 2 && TABLES_BYTES <= STAGE_BYTES, "tiles of one or two heads");
-static_assert(NORM_UNITS <= 2, "a part normalises one head");
 
 struct Arguments {
     int stages;  // of a tile
@@ -148,7 +145,7 @@ struct Consumer {
     Place place;
     int before;      // slot of the stage before
     int tables;      // slot of the tables in use
-    float sum;       // between a head's units: of half its squares, then the factor of this lane's row
+    float sum;       // between a head's parts: of half its squares, then the factor of this lane's row
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
@@ -183,117 +180,105 @@ struct Consumer {
         if (step >= FIRST_SEND) {
             send(step - FIRST_SEND, tile, pairs);
         } else if (HEAD_NORM) {
-            const int which = tile.which(a, step * NORM_UNITS / 4);
-#pragma unroll
-            for (int i = 0; i < NORM_UNITS; ++i)
-                normalise((step * NORM_UNITS + i) % 4, which, pairs[step * NORM_UNITS / 4 % TILE_HEADS]);
+            normalise(step % 4, tile.which(a, step / 4), pairs[step / 4 % TILE_HEADS]);
         }
     }
-    __device__ __forceinline__ void normalise(int unit, int which, u32 (&pairs)[HEAD_PAIRS]) {
+    __device__ __forceinline__ void normalise(int part, int which, u32 (&pairs)[HEAD_PAIRS]) {
         if (which > K) return;
         const OwnRow own;
-        if (unit == 0)
+        if (part == 0)
             sum = own.tree<0, 2>(pairs);
-        else if (unit == 1)
+        else if (part == 1)
             sum = reciprocal_root(own.joined(sum, own.tree<1, 2>(pairs)), which == Q ? a.q_mean_operand : a.k_mean_operand, a.eps);
         else
-            weigh_columns(pairs, unit - 2, ring.first + a.weights_at + which * WEIGHT_BYTES, sum);
+            weigh_columns(pairs, part - 2, ring.first + a.weights_at + which * WEIGHT_BYTES, sum);
     }
 
-    // Columns 32 quarter ... 32 quarter + 31 of a head into a buffer for half of it. target: this lane's address for the half's
-    // first sixteen columns; the next sixteen lie two units of the swizzle further on.
+    // Columns 32 quarter ... 32 quarter + 31 of a head into a buffer. target: this lane's address for the first sixteen columns; the
+    // next sixteen lie two units of the swizzle further on.
     template <bool ROTATED>
     static __device__ __forceinline__ void write_quarter(
         u32 target, int quarter, const u32 (&cos)[2][4], const u32 (&sin)[2][4], const u32 (&pairs)[HEAD_PAIRS]
     ) {
-        const int half = quarter / 2, first = quarter % 2 * 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int two = first + i;
-            const u32* own = pairs + half * 16 + two * 4;
+            const u32* own = pairs + quarter * 8 + i * 4;
             u32 out[4] = {own[0], own[1], own[2], own[3]};
             if (ROTATED) {
-                const u32* other = pairs + (1 - half) * 16 + two * 4;
+                const u32* other = pairs + (quarter + 2) % 4 * 8 + i * 4;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] = rotated_pair(own[j], other[j], cos[i][j], sin[i][j], half == 1);
+                for (int j = 0; j < 4; ++j) out[j] = rotated_pair(own[j], other[j], cos[i][j], sin[i][j], quarter >= 2);
             }
-            store_matrices(target ^ (32 * two), out[0], out[1], out[2], out[3]);
+            store_matrices(target ^ (32 * i), out[0], out[1], out[2], out[3]);
         }
     }
-    // A quarter of the columns of all heads; the second of two sends half of them to their places.
+    // A quarter of the columns of all heads, to their places.
     __device__ __forceinline__ void send(int quarter, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
-        const int half = quarter / 2;
-        const bool begins = quarter % 2 == 0, takes_tables = tile.takes_tables(a);
+        const bool takes_tables = tile.takes_tables(a);
         // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
-        const u32 line = lane() & 15, own_place = line * 128 + swizzled_unit(lane() >> 4, line) * 16;
+        const u32 line = lane() & 15, unit = lane() >> 4;
         u32 cos[2][4] = {}, sin[2][4] = {};
         if (takes_tables) {
-            if (begins) {
+            if (quarter % 2 == 0) {
                 barrier_wait(ring.full + place.slot * 8, place.parity);
                 tables = place.slot;
                 place.advance(ring.depth);
             }
-            const u32 table = ring.stage(tables) + warp() * 16 * 128 + own_place;
+            const u32 table = ring.stage(tables) + warp() * 16 * 128 + line * 128 + swizzled_unit(unit, line) * 16;
+            // all at once: they wait long while the tensor cores read shared memory
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 load_matrices(cos[i], table ^ (32 * (quarter % 2 * 2 + i)));
                 load_matrices(sin[i], (table ^ (32 * (quarter % 2 * 2 + i))) + X_BYTES);
             }
         }
+        const u32 buffer = ring.first + a.buffers_at + (warp() * 2 + quarter % 2) * BUFFER_BYTES;
+        if (lane() == 0) wait_for_store_reads<1>();  // those of the quarter before the last one
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < TILE_HEADS; ++i) {
-            const int which = tile.which(a, i);
-            // each of two heads has a buffer, a single one has both in turn: the box that was there has been read
-            const u32 target = buffer(half, i) + own_place;
-            if (begins) {
-                if (lane() == 0) i == 0 ? wait_for_store_reads<1>() : wait_for_store_reads<0>();
-                __syncwarp();
-            }
-            if (ROTATE && which < V)
+            // 64-byte swizzle: pairs of lines of 64 bytes
+            const u32 target = buffer + i * BOX_BYTES + line * 64 + (unit ^ (line / 2 & 3)) * 16;
+            if (ROTATE && tile.which(a, i) < V)
                 write_quarter<ROTATE != 0>(target, quarter, cos, sin, pairs[i]);
             else
                 write_quarter<false>(target, quarter, cos, sin, pairs[i]);
         }
-        if (begins) return;
         fence_shared_for_copies();
         __syncwarp();  // and all lanes have read the tables
         if (lane() == 0) {
 #pragma unroll
             for (int i = 0; i < TILE_HEADS; ++i) {
                 const int which = tile.which(a, i), head = tile.head(i) - (which == Q ? 0 : which == K ? a.heads : a.heads + a.kv_heads);
-                if (which != NONE) store_box(&a.out_map[which], head * HEAD + half * LINE, tile.m + warp() * 16, buffer(half, i));
-                commit_stores();
+                if (which != NONE)
+                    store_box(&a.out_map[which], head * HEAD + quarter * 32, tile.m + warp() * 16, buffer + i * BOX_BYTES);
             }
+            commit_stores();
         }
-        if (takes_tables) release(tables);
-    }
-    __device__ __forceinline__ u32 buffer(int half, int head) const {
-        return ring.first + a.buffers_at + (warp() * 2 + (half * TILE_HEADS + head) % 2) * BUFFER_BYTES;
+        if (takes_tables && quarter % 2 == 1) release(tables);
     }
 
     __device__ __forceinline__ void run() {
         u32 pairs[TILE_HEADS][HEAD_PAIRS];
         Tile last(a, blockIdx.x);
-        bool left = false, more = true;  // whether `last` has parts left to do, and whether there is a tile to multiply
+        bool left = false;  // whether `last` has parts left to do
         float c[TILE_N / 2];
-        for (int index = blockIdx.x; more; index += gridDim.x) {
-            more = index < a.tiles_m * a.tiles_n;
-            if (LAST_APART && !more) break;
+        for (int index = blockIdx.x; index < a.tiles_m * a.tiles_n; index += gridDim.x) {
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                if (more) multiply(c, step == 0);
+                multiply(c, step == 0);
                 if (left) finish(step, last, pairs);
             }
-            if (more) last = Tile(a, index);
+            last = Tile(a, index);
             left = true;
 #pragma unroll 1
-            for (int stage = STEPS; more && stage < a.stages; ++stage) multiply(c, false);
+            for (int stage = STEPS; stage < a.stages; ++stage) multiply(c, false);
             wait_for_products<0>();
-            if (more) release(before);
+            release(before);
             round(pairs, c);
         }
 #pragma unroll
-        for (int step = 0; LAST_APART && step < STEPS; ++step) finish(step, last, pairs);
+        for (int step = 0; step < STEPS; ++step) finish(step, last, pairs);
         if (lane() == 0) wait_for_stores();
     }
 };

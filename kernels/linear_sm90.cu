@@ -252,19 +252,18 @@ struct Consumer {
         place.advance(ring.depth);
     }
 
-    // This warp's 16 rows of a box, from (row, column) on, through a buffer: while the copy engine reads one, others are written. 64
-    // columns lie swizzled there, 32 do not. v: the pairs of eight columns j are rows g and g + 8, as v[2 j] and v[2 j + 1].
+    // This warp's 16 rows of a box, from (row, column) on, through a buffer: while the copy engine reads one, others are written. They
+    // lie swizzled there, lines of 128 bytes or 64. v: the pairs of eight columns j are rows g and g + 8, as v[2 j] and v[2 j + 1].
     __device__ __forceinline__ void store(const u32* v, int row, int column) {
         const u32 target = ring.first + a.buffers_at + (warp() * BUFFERS + turn) * BUFFER_BYTES;
         // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
-        const u32 line = lane() & 15, unit = lane() >> 4;
+        const u32 line = lane() & 15, unit = lane() >> 4, swizzled = unit ^ (BOX_COLUMNS == 64 ? line & 7 : line / 2 & 3);
         turn = (turn + 1) % BUFFERS;
         if (lane() == 0) wait_for_store_reads<BUFFERS - 1>();
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < BOX_COLUMNS / 16; ++i) {
-            const u32 place = BOX_COLUMNS == 64 ? swizzled_unit(unit, line) ^ (2 * i) : unit + 2 * i;
-            store_matrices(target + line * (BOX_COLUMNS * 2) + place * 16, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+            store_matrices(target + line * (BOX_COLUMNS * 2) + (swizzled ^ 2 * i) * 16, v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
         }
         fence_shared_for_copies();
         __syncwarp();

@@ -39,9 +39,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-cont
 _MACHINE = ("machine", "tensor_cores", "copies")
 
 
-def tensor_map(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: bool = True
-) -> bytes:
+def tensor_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     """In place of the driver's: what kernels_on_host/pipeline.cuh reads."""
     assert all(stride % 16 == 0 for stride in strides)
     assert all(0 < extent <= 256 for extent in box)
@@ -50,7 +48,7 @@ def tensor_map(
     def padded(values: tuple[int, ...], length: int) -> tuple[int, ...]:
         return (*values, *(0,) * (length - len(values)))
 
-    numbers = (pointer, len(shape), *padded(shape, 3), *padded(strides, 2), *padded(box, 3), int(swizzle))
+    numbers = (pointer, len(shape), *padded(shape, 3), *padded(strides, 2), *padded(box, 3))
     return struct.pack("16Q", *padded(numbers, 16))
 
 

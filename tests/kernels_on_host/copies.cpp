@@ -63,11 +63,16 @@ static u32 host_for_box(const TensorMap& map, const int (&at)[3], Visit visit) {
     return place;
 }
 
-static u32 host_swizzled(const TensorMap& map, u32 address) { return map.words[10] ? address ^ (address >> 7 & 7) << 4 : address; }
+// Boxes lie swizzled: lines of 128 bytes or of 64.
+static u32 host_swizzled(const TensorMap& map, u32 address) { return address ^ (address >> 7 & (map.words[7] * 2 == 128 ? 7 : 3)) << 4; }
+static void host_check_box(const TensorMap& map, u32 shared) {
+    const u32 line = map.words[7] * 2;
+    if (line != 128 && line != 64) host::fail("a swizzled line has 128 bytes or 64");
+    if (shared % (8 * line)) host::fail("box is not aligned in shared memory", shared);
+}
 
 static void host_copy_box(u32 shared, const TensorMap* map, int c0, int c1, int c2, u32 barrier, u32 mask) {
-    if (shared % (map->words[10] ? 1024 : 128)) host::fail("box is not aligned in shared memory", shared);
-    if (map->words[10] && map->words[7] * 2 != 128) host::fail("a swizzled line has 128 bytes");
+    host_check_box(*map, shared);
     const TensorMap copy = *map;
     const int at[3] = {c0, c1, c2};
     host::my_block().prefetched.erase({(long)map->words[0], c0, c1, c2});
@@ -113,6 +118,7 @@ void store_box(const TensorMap* map, int c0, int c1, u32 shared) {
     const TensorMap copy = *map;
     const int block = host::self().block;
     const int at[3] = {c0, c1, 0};
+    host_check_box(copy, shared);
     host::self().stores.open.push_back([=] {
         host_for_box(copy, at, [&](u32 place, unsigned char* to, u32 values) {
             for (u32 i = 0; i < values; ++i) std::memcpy(to + i * 2, host::shared_at(host_swizzled(copy, shared + place + i * 2), 2, block), 2);

@@ -69,7 +69,7 @@ inline u32 pack_bf16(float low, float high) {
     return round_nearest_even(__float_as_uint(low)) | (u32)round_nearest_even(__float_as_uint(high)) << 16;
 }
 
-// pipeline.cuh; a tensor map is words[] = {pointer, rank, 3 extents, 2 strides in bytes, 3 box extents, swizzled}
+// pipeline.cuh; a tensor map is words[] = {pointer, rank, 3 extents, 2 strides in bytes, 3 box extents}
 struct alignas(64) TensorMap { u64 words[16]; };
 #define EVICT_NORMAL 0
 #define EVICT_FIRST 1
