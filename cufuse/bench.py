@@ -1,9 +1,10 @@
 """``cufuse bench``: the attention front on this machine's GPU beside cuBLAS and PyTorch, times and bits of one process.
 
 Each column is captured in a CUDA graph of calls that go through distinct packed weights (1 GB in all, more than the L2 cache
-holds); the graphs are replayed in turn, and the median over all replays is divided by the number of calls. Outputs are poisoned,
-the graph is replayed once more, and what its last call gave is compared with eager PyTorch bit by bit; without PyTorch with the
-emulation, where that takes no more than some seconds. ``columns`` of the JSON says what each column computes.
+holds); the graphs are replayed in turn, each turn in another random order, and the median over all replays is divided by the
+number of calls. Outputs are poisoned, the graph is replayed once more, and what its last call gave is compared with eager PyTorch
+bit by bit; without PyTorch with the emulation, where that takes no more than some seconds. ``columns`` of the JSON says what each
+column computes.
 
 JSON, schema 1::
 

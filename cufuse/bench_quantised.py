@@ -1,7 +1,7 @@
 """The second table of ``cufuse bench``: the front with its weights in the formats of GGUF, beside the same in bfloat16.
 
-Everything as in the first table: CUDA graphs over distinct weights, replayed in turn. bf16 is recipe "torch", the formats are
-"block-scaled", both with static weights. The error is that of the projection alone, of at most 64 rows.
+Everything as in the first table, but for its turns to warm up: CUDA graphs over distinct weights, replayed in turn. bf16 is recipe
+"torch", the formats are "block-scaled", both with static weights. The error is that of the projection alone, of at most 64 rows.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Measuring on a GPU: graphs captured by CuPy, their replays timed in turn between events, what a call costs the host.
 
 A graph goes once through all calls of a column. Replays of all columns take turns in random order, because a GPU's clocks follow
-the work of the last second: from 2048 rows on an H200 would draw more than its 700 W, and lowers them by a fourth. What runs first,
-or always behind a column that needs little power (eager), looks quicker: by 11 % for 2048 rows of the 8B on 2026-11-23, with 50 ms
-of a column's own work in front of what was timed. In random order all meet the same clocks.
+the work of the last second: from 2048 rows on an H200 would draw more than its 700 W, and lowers them. What runs first, or always
+behind a column that needs little power (eager), looks quicker. In random order none is favoured; replays spread all the same
+(README.md), and the mean clock depends on which columns there are: only columns of one run may be compared.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _OWN_LOAD: Final = 2_000.0
 _MOST_QUEUED: Final = 200
 """Replays of it that are queued: with some 1000 of its commands the driver's queue is full, and a launch waits without a limit."""
 WARM_SECONDS: Final = 0.7
-"""Of all columns' work in turn, after which clocks hardly change any more."""
+"""Of all columns' work in turn before any counts: clocks fall most in the beginning."""
 
 Launch = Callable[[], None]
 
@@ -130,10 +130,10 @@ def in_turn(clock: Callable[[Run], list[float]], runs: Mapping[str, Run], turns:
     """Time every run ``turns`` times, each turn in another random order, behind ``warm`` seconds of turns that do not count. A run
     that fails is left out from then on; LostGpuError goes through."""
     samples = {name: Samples() for name in runs}
-    shuffled = random.Random(0)  # the same orders each time
+    orders = random.Random(0)  # the same ones each time
 
     def turn() -> None:
-        for name in shuffled.sample(list(runs), len(runs)):
+        for name in orders.sample(list(runs), len(runs)):
             if samples[name].error is None:
                 try:
                     samples[name].times += clock(runs[name])

@@ -240,7 +240,8 @@ def _time(result: dict[str, Any]) -> float:
 
 
 def alternate(models: list[str], rows: list[int], times: int, path: Path | None) -> None:
-    """cuBLAS and the chosen kernel in turn, so that both meet the same clocks, which fall under load; medians."""
+    """cuBLAS and the chosen kernel, one after the other, cuBLAS first; medians over the turns. Clocks follow load: from 2048 rows
+    on the order may favour one of them."""
     server, results = Server(), []
     print("microseconds, medians of", times, "turns; n: outputs that differ from F.linear in any of them", flush=True)
     for model, m in itertools.product(models, rows):

@@ -2,8 +2,8 @@
 
 One table a size: microseconds of one call inside a CUDA graph of many calls over different memory (medians of the replays),
 bytes moved a second, and how many outputs differ from Hugging Face's eager module and from ``F.rms_norm``. All ways run in one
-process, in turn; Liger where it is installed. A single row's buffers stay in the L2 cache, as activations do. ``--schedules`` also
-times all schedules of kernels/rms_norm.cu where they exist, for two recipes.
+process, in turn and always in the same order; Liger where it is installed. A single row's buffers stay in the L2 cache, as
+activations do. ``--schedules`` also times all schedules of kernels/rms_norm.cu where they exist, for two recipes.
 """
 
 import argparse
@@ -43,6 +43,7 @@ SCHEDULES: dict[str, tuple[bool | None, int | None]] = {
 CACHE_BYTES = 60 << 20
 MOST_CALLS = 400
 TURNS = 3
+"""Times that each way is measured; each takes the median of ten replays."""
 LIGER = "liger_kernel.transformers.rms_norm"
 
 
@@ -124,11 +125,11 @@ def differing(found: Any, expected: Any) -> int:
     return int(gpu_support.cupy().count_nonzero(codes(found) != codes(expected)))
 
 
-def _of(function: Callable[[Any], Any], tensors: list[Any], index: int) -> Any:
+def _call_peer(function: Callable[[Any], Any], tensors: list[Any], index: int) -> Any:
     return function(tensors[index])
 
 
-def _own(recipe: str, weight: Any, x: Any, y: Any, index: int) -> Any:
+def _call_cufuse(recipe: str, weight: Any, x: Any, y: Any, index: int) -> Any:
     return cufuse.rms_norm(x[index], weight, eps=EPS, recipe=recipe, out=y[index])
 
 
@@ -143,10 +144,10 @@ def measure(rows: int, columns: int, compiled: bool) -> list[dict[str, Any]]:
     for name, function in peers(weight, compiled):
         with torch.no_grad():
             results[name] = from_torch(function(tensors[0])).copy()
-        graphs[name] = torch_graph(partial(_of, function, tensors), len(x))
+        graphs[name] = torch_graph(partial(_call_peer, function, tensors), len(x))
     for recipe in ("torch", "torch-rms-norm"):
         y.view(np.uint16).fill(0xFFFF)
-        own = partial(_own, recipe, weight, x, y)
+        own = partial(_call_cufuse, recipe, weight, x, y)
         results[f"cufuse, {recipe}"] = own(0).copy()
         graphs[f"cufuse, {recipe}"] = cufuse_graph(own, len(x))
     times: dict[str, list[float]] = {name: [] for name in graphs}

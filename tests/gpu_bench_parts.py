@@ -2,8 +2,8 @@
 
 Microseconds of ``rms_norm_qkv`` (recipe ``torch``) whole, without rotation, without head norm and without both, of its norm and its
 projection alone and one behind the other, and of cuBLAS's projection: CUDA graphs over distinct weights, replayed in turn in random
-order (``cufuse.bench_timing``), medians. What the heads add to norm and projection is what other work does not hide. Nothing is
-compared here; the GPU tests compare bits.
+order (``cufuse.bench_timing``), medians. What the heads add to norm and projection is what other work does not hide. No column
+needs little power here, as eager does in ``cufuse bench``: times of the two are not to be compared. Bits are not compared.
 """
 
 import argparse

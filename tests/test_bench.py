@@ -1,7 +1,6 @@
 """``cufuse bench`` without a GPU: arguments, the order of measuring, failures that stay where they are, tables, JSON."""
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import cufuse
 from cufuse import _gpu_stream, bench, bench_front, bench_inputs, bench_peers, bench_timing, launch
 from cufuse.__main__ import main
 from cufuse.bench_results import COMPILE, CUFUSE, EAGER, GEMM, SCHEMA, STATIC
-from cufuse.bench_timing import LostGpuError, Run, in_turn
+from cufuse.bench_timing import LostGpuError, Run
 from cufuse.commands import bench as bench_command
 from tests import host_bench
 from tests.conftest import why_no_gpu
@@ -325,40 +324,6 @@ def test_the_command_says_all_settings() -> None:
     assert bench_command._settings(parser.parse_args(["bench", "--quantised", "all"])).formats == tuple(cufuse.quantised.FORMATS)
     assert bench_command._settings(parser.parse_args(["bench"])).models == ("0.6b", "4b", "8b", "32b")
     assert bench_command._settings(parser.parse_args(["bench", "--model", "all"])).models == tuple(bench.MODELS)
-
-
-def test_columns_take_turns() -> None:
-    """Each once a turn, none always behind the same one, and what fails is not asked again."""
-    order: list[str] = []
-    runs = {name: Run(lambda: None) for name in "abcd"}
-
-    def clock(run: Run) -> list[float]:
-        name = next(name for name, one in runs.items() if one is run)
-        order.append(name)
-        if name == "c" and order.count("c") == 2:
-            raise RuntimeError("gone")
-        return [1.0, 2.0]
-
-    samples = in_turn(clock, runs, 9)
-    turns = ["".join(order[:4]), "".join(order[4:8]), *("".join(order[8 + 3 * turn : 11 + 3 * turn]) for turn in range(7))]
-    assert [sorted(turn) for turn in turns] == [list("abcd")] * 2 + [list("abd")] * 7
-    assert all(len({before for before, after in itertools.pairwise(order) if after == name}) >= 3 for name in "abd")
-    assert samples["a"].times == [1.0, 2.0] * 9
-    assert (samples["c"].times, str(samples["c"].error)) == ([1.0, 2.0], "gone")
-
-
-def test_turns_to_warm_up_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = itertools.count()
-    monkeypatch.setattr(bench_timing.time, "monotonic", lambda: float(next(now)))
-    asked = itertools.count()
-    runs = {"a": Run(lambda: None)}
-    samples = in_turn(lambda run: [float(next(asked))], runs, 2, warm=3.5)
-    assert samples["a"].times == [3.0, 4.0]
-
-    def fails(run: Run) -> list[float]:
-        raise RuntimeError("gone")
-
-    assert str(in_turn(fails, runs, 2, warm=1e9)["a"].error) == "gone"
 
 
 def test_calls_of_a_graph() -> None:

@@ -240,12 +240,23 @@ def test_names_are_unique_and_follow_the_configuration() -> None:
 def test_norm_kernels_compile(columns: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For lengths that no table of kernels has, with assertions about the schedule in the source."""
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
-    for name, rows in (("torch", 1), ("torch", 64), ("torch-rms-norm", 64), ("vllm-0.19", 300), ("nano-vllm", 5)):
+    few = (("torch", 1), ("torch", 64), ("torch-rms-norm", 64), ("vllm-0.19", 300), ("nano-vllm", 5))
+    for name, rows in (*few, ("torch-rms-norm", 2048)):
         chunk = np.gcd(8, columns)
         kernel = _norm_kernels.configuration(cufuse.recipes[name].norm, rows, columns, int(chunk), _norm_kernels.Types()).kernel
         cubin = compiler.compile_kernel(kernel, "sm_90a")
         assert cubin.spills == 0, kernel.name
         assert cubin.registers * kernel.threads <= compiler.REGISTERS_PER_BLOCK
+
+
+@pytest.mark.parametrize(("columns", "rows", "direct"), [(4096, 1055, 1), (4096, 1056, 0), (8192, 1056, 0), (2560, 1056, 1)])
+def test_many_rows_go_through_shared_memory(columns: int, rows: int, direct: int) -> None:
+    """Of 4096 and 8192, from eight for each multiprocessor on; every thread has two packs of eight then."""
+    norm = cufuse.recipes["torch-rms-norm"].norm
+    found = _norm_kernels.configuration(norm, rows, columns, 8, _norm_kernels.Types(), multiprocessors=132).kernel
+    defines = dict(found.defines)
+    assert defines["DIRECT"] == direct
+    assert direct or defines["GROUP"] == columns // 16
 
 
 def test_rotation_kernels_are_named_for_what_they_do() -> None:

@@ -65,7 +65,7 @@ def test_words_and_quantised_cells() -> None:
         "Outputs whose bits are not eager PyTorch's, over all cells: "
         "cufuse **0** of 2,000, `F.rms_norm` 60 to 60 %, Liger up to 3 in a cell.",
         "With `out=` a call allocates 0 bytes of CuPy's pool; it costs the host 18 to 30 us, 24 in the median (wanted: 20).",
-        "Recipe `batch-invariant` takes 1.01 to 1.01 x `torch`'s time (static weights: 1.00 to 1.00 x).",
+        "Up to 256 rows recipe `batch-invariant` takes 1.01 to 1.01 x `torch`'s time (static weights: 1.00 to 1.00 x).",
     ]
     table = readme_tables.quantised_table(small_bench())
     assert "| 8B | 1 | 9.00 | 4.50, 2.00 x (2.5 x) | 5.00, **1.80 x** (1.6 x) |" in table

@@ -41,6 +41,7 @@ class Arguments(ctypes.Structure):
         + [(name, ctypes.c_longlong) for name in ("rows", "inner")]
         + [(f"{name}_{step}", ctypes.c_longlong) for step in ("stride", "outer") for name in ("x", "residual", "y", "total")]
         + [("mean_operand", ctypes.c_float), ("eps", ctypes.c_float)]
+        + [("next_begins_early", ctypes.c_int), ("first_blocks", ctypes.c_int)]
     )
 
 
