@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_norm, _norm_kernels, _repeat, launch
+from cufuse import _gpu_norm, _norm_kernels, _repeat, bench_peers, bench_results, launch
 from cufuse.bench_timing import host_cost
 from tests import gpu_support
 from tests.golden import inputs
@@ -44,7 +44,8 @@ CACHE_BYTES = 60 << 20
 MOST_CALLS = 400
 TURNS = 3
 """Times that each way is measured; each takes the median of ten replays."""
-LIGER = "liger_kernel.transformers.rms_norm"
+LIGER = bench_peers._NEEDS[bench_results.LIGER]
+"""Its module."""
 
 
 def buffers(rows: int, columns: int) -> tuple[Any, Any]:

@@ -171,6 +171,7 @@ FAULTS = {
         "const int row = work.tile_n + rank.m * SHARE_N;\n        if",
         "const int row = SHARE_N;\n        if",
     ),
+    "another swizzle of narrow boxes": (WARPGROUPS[7], "line & 7 : line / 2 & 3", "line & 7 : line & 3"),
     "another order of k": (WARPGROUPS[3], "x + 2 * step, weight + 2 * step", "x + 2 * (3 - step), weight + 2 * (3 - step)"),
     "the wrong sender": (WARPGROUPS[1], "other < n ? other : other + 1", "other"),
     "left before the others": (WARPGROUPS[1], "CLUSTER > 1 && slot < ring.depth", "false"),
