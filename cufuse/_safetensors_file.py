@@ -9,11 +9,13 @@ row; and of two entries with one name it silently keeps the last. The header has
 errors that name the tensor; what is left for a reader then is one ``readinto``.
 """
 
+import contextlib
+import gc
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -156,15 +158,15 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_regular(path) as file:
+        with _collector_paused(), open_regular(path) as file:
             self._identity = _identity(file)
             header, self._data_start = _read_header(file, path)
             data_size = os.fstat(file.fileno()).st_size - self._data_start
-        self.metadata = _check_metadata(header.pop("__metadata__", {}), path)
-        if len(header) > MAX_TENSORS:
-            raise failure(path, f"describes {len(header)} tensors, more than the {MAX_TENSORS} allowed")
-        self.tensors = {name: _check_entry(name, entry, path) for name, entry in header.items()}
-        _check_coverage(self.tensors, data_size, path)
+            self.metadata = _check_metadata(header.pop("__metadata__", {}), path)
+            if len(header) > MAX_TENSORS:
+                raise failure(path, f"describes {len(header)} tensors, more than the {MAX_TENSORS} allowed")
+            self.tensors = {name: _check_entry(name, entry, path) for name, entry in header.items()}
+            _check_coverage(self.tensors, data_size, path)
 
     def read_bfloat16(self, name: str, rows: Sequence[int] | None = None) -> Array:
         """Tensor ``name`` as bfloat16, or only ``rows`` of it (indices into its first dimension, in range).
@@ -223,6 +225,19 @@ class SafetensorsFile:
 
 
 _CONVERT = "convert the checkpoint once, e.g. model.to(torch.bfloat16).save_pretrained(folder) in transformers"
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """While a header's objects are made, which all live and hold no cycles: the garbage collector would walk them again and again,
+    for a third of the time that a header of 100,000 takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _identity(file: BinaryIO) -> tuple[int, int, int, int]:

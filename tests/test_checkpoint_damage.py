@@ -1,5 +1,7 @@
 """Damaged and hostile safetensors files: one CheckpointError that names file and tensor, nothing executed."""
 
+import contextlib
+import gc
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cufuse._safetensors_file import SafetensorsFile
 from cufuse.checkpoint import Checkpoint, CheckpointError
 from tests.checkpoint_files import FIELDS, error_of, make_tensors, write_folder
 
@@ -167,3 +170,19 @@ def test_no_damage_ends_in_anything_else(data, tmp_path_factory):
         for field, name in FIELDS.items():
             expected = file.get_tensor(f"model.layers.0.{name}.weight")
             np.testing.assert_array_equal(getattr(layer, field).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("damaged", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled, damaged, tmp_path):
+    """It pauses while a header is read, whether that ends well or not."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(container({"a": entry(0, 2)}, bytes(1 if damaged else 2)))
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(CheckpointError) if damaged else contextlib.nullcontext():
+            SafetensorsFile(path)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
