@@ -36,7 +36,7 @@ extern "C" const char* run_on_host(const void* arguments, unsigned grid_x, unsig
 extern "C" unsigned long arguments_size() {{ return sizeof(Arguments); }}
 """
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-_MACHINE = ("machine", "tensor_cores", "copies")
+_MACHINE = ("machine", "tensor_cores", "copies", "loads")
 
 
 def tensor_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:

@@ -9,27 +9,37 @@ void barrier_init(u32 barrier, u32 arrivals) {
 
 void barrier_arrive_expecting(u32 barrier, u32 bytes) {
     auto& b = host::barrier_at(barrier);
+    host::tell(b.arriving);
     b.bytes += bytes, b.pending--;
     host::settle(b);
 }
 void barrier_arrive(u32 barrier) {
     auto& b = host::barrier_at(barrier);
+    host::tell(b.arriving);
     b.pending--;
     host::settle(b);
 }
 void barrier_arrive_at(u32 barrier, u32 rank) {
     auto& b = host::barrier_at(barrier, (int)rank);
+    host::tell(b.arriving);
     b.pending--;
     host::settle(b);
 }
+static bool host_completed(u32 barrier, u32 parity) {
+    const auto& b = host::barrier_at(barrier);
+    if ((b.phase & 1) == parity) return false;
+    host::learn(b.completed);
+    host::self().waited_for = barrier;
+    return true;
+}
 void barrier_wait(u32 barrier, u32 parity) {
-    host::wait_until("barrier", [=] { return (host::barrier_at(barrier).phase & 1) != parity; });
+    host::wait_until("barrier", [=] { return host_completed(barrier, parity); });
 }
 
 // Others go on before the answer is given: whoever asks again and again waits for them.
 bool barrier_completed(u32 barrier, u32 parity) {
     host::yield();
-    return (host::barrier_at(barrier).phase & 1) != parity;
+    return host_completed(barrier, parity);
 }
 
 static void host_arrived(u32 barrier, int block, u32 bytes) {
@@ -41,6 +51,7 @@ static void host_arrived(u32 barrier, int block, u32 bytes) {
 void copy_bytes(u32 shared, const void* global, u32 bytes, u32 barrier, u64) {
     if (shared % 16 || bytes % 16 || (uintptr_t)global % 16) host::fail("bulk copy is not aligned to 16 bytes", shared, bytes);
     const int block = host::self().block;
+    host::demand_loads_used(shared, bytes, block, barrier);
     host::later([=] {
         std::memcpy(host::shared_at(shared, bytes, block), global, bytes);
         host_arrived(barrier, block, bytes);
@@ -76,8 +87,10 @@ static void host_copy_box(u32 shared, const TensorMap* map, int c0, int c1, int 
     const TensorMap copy = *map;
     const int at[3] = {c0, c1, c2};
     host::my_block().prefetched.erase({(long)map->words[0], c0, c1, c2});
+    const u32 size = (u32)(map->words[7] * 2 * map->words[8] * (map->words[1] > 2 ? map->words[9] : 1));
     for (int block = 0; block < (int)host::machine.blocks.size(); ++block)
-        if (mask >> block & 1)
+        if (mask >> block & 1) {
+            host::demand_loads_used(shared, size, block, barrier);
             host::later([=] {
                 const u32 bytes = host_for_box(copy, at, [&](u32 place, const unsigned char* from, u32 values) {
                     for (u32 i = 0; i < copy.words[7]; ++i) {
@@ -87,6 +100,7 @@ static void host_copy_box(u32 shared, const TensorMap* map, int c0, int c1, int 
                 });
                 host_arrived(barrier, block, bytes);
             });
+        }
 }
 
 void prefetch_box(const TensorMap* map, int c0, int c1, int c2) {
@@ -110,6 +124,7 @@ void store_matrices(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
                 if (row % 16) host::fail("stmatrix address is not a multiple of 16", row);
                 std::memcpy(host::shared_at(row, 16) + lane % 4 * 4, &((const Lane*)w.inputs[lane])->r[matrix], 4);
             }
+        host::note_use();
     });
 }
 
@@ -129,28 +144,28 @@ void commit_stores() { host::commit(host::self().stores); }
 void sync_threads(u32 id, u32 threads) {
     // lanes of the same barrier number are told apart by order of arrival: any numbering will do
     auto& r = host::my_block().named[(int)id];
-    host::collective(r, threads, r.arrived, "named barrier", nullptr, nullptr, [](auto&) {});
+    host::meet(r, threads, r.arrived, "named barrier");
 }
 void arrive_threads(u32 id, u32 threads) {
     auto& r = host::my_block().named[(int)id];
-    host::collective(r, threads, r.arrived, "named barrier", nullptr, nullptr, [](auto&) {}, false);
+    host::meet(r, threads, r.arrived, "named barrier", false);
 }
 u32 cluster_rank() { return (u32)host::self().block; }
 void sync_cluster() {
     auto& m = host::machine;
-    host::collective(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster barrier", nullptr, nullptr, [](auto&) {});
+    host::meet(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster barrier");
 }
 
 // cluster_stores.cuh
 void arrive_at_cluster() {
     auto& m = host::machine;
     host::self().arrived_at = m.cluster.generation;
-    host::collective(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster arrival", nullptr,
-                     nullptr, [](auto&) {}, false);
+    host::meet(m.cluster, (unsigned)m.fibers.size(), (unsigned)(&host::self() - m.fibers.data()), "cluster arrival", false);
 }
 void wait_for_cluster() {
     const unsigned arrived_at = host::self().arrived_at;
     host::wait_until("cluster barrier", [=] { return host::machine.cluster.generation != arrived_at; });
+    host::learn(host::machine.cluster.completed);
 }
 
 // addresses as address_in has them: the CTA's number from bit 24 on

@@ -14,6 +14,7 @@ static void run_cluster(const std::function<void()>& kernel, int cluster, int fi
         block.shared.assign(shared_bytes, 0xFF);  // NaN until written
         block.warps.resize((m.threads + 31) / 32), block.warpgroups.resize((m.threads + 127) / 128);
     }
+    forget_loads(cluster * ((m.threads + 31) / 32));
     constexpr size_t STACK = 256 * 1024;
     if ((int)m.fibers.size() != cluster * m.threads) {
         for (auto& fiber : m.fibers) munmap(fiber.stack, STACK);
@@ -25,6 +26,7 @@ static void run_cluster(const std::function<void()>& kernel, int cluster, int fi
     for (int i = 0; i < cluster * m.threads; ++i) {
         Fiber& f = m.fibers[i];
         f.started = f.done = false, f.block = i / m.threads, f.thread = {(unsigned)(i % m.threads), 0, 0}, f.copies = {}, f.stores = {};
+        f.waited_for = -1;
         getcontext(&f.start);
         f.start.uc_stack.ss_sp = f.stack, f.start.uc_stack.ss_size = STACK, f.start.uc_link = nullptr;
         makecontext(&f.start, (void (*)()) + [] {
@@ -82,9 +84,13 @@ const char* run_grid(void (*kernel)(const void*), const void* arguments, unsigne
     machine.grid = {grid_x, grid_y, 1}, machine.block_size = {(unsigned)threads, 1, 1}, machine.threads = threads;
     machine.random.seed(seed);
     machine.jobs.clear(), machine.cluster = {}, machine.current = nullptr;
-    if (_setjmp(machine.failed)) return machine.message;
+    if (_setjmp(machine.failed)) {
+        forget_loads(0);
+        return machine.message;
+    }
     for (unsigned first = 0; first < grid_x * grid_y; first += cluster)
         run_cluster([=] { kernel(arguments); }, cluster, (int)first, shared_bytes);
+    forget_loads(0);
     return nullptr;
 }
 
@@ -101,5 +107,5 @@ void wait_for_store_reads(int pending) { finish(self().stores, pending); }
 
 void __syncwarp() { host::warp_collective("syncwarp", nullptr, nullptr, [](auto&) {}); }
 void __syncthreads() {
-    host::collective(host::my_block().named[0], host::machine.threads, threadIdx.x, "syncthreads", nullptr, nullptr, [](auto&) {});
+    host::meet(host::my_block().named[0], host::machine.threads, threadIdx.x, "syncthreads");
 }

@@ -3,6 +3,7 @@
 // the GPU, so that a missing wait or a stage freed too early shows as wrong results. Functional, exact in its arithmetic, slow.
 #pragma once
 #include "kernel.h"
+#include "loads.h"
 
 #include <array>
 #include <csetjmp>
@@ -35,15 +36,17 @@ struct Fiber {
     Groups copies, stores;  // cp.async; stores of the copy engine
     unsigned arrived_at = 0;  // the cluster's generation when it arrived there
     const char* waits_for = "";
+    long waited_for = -1;     // the last barrier (pipeline.cuh)
 };
 
-struct Barrier { int count = 0, pending = 0; long bytes = 0; unsigned phase = 0; bool valid = false; };
+struct Barrier { int count = 0, pending = 0; long bytes = 0; unsigned phase = 0; bool valid = false; Known arriving, completed; };
 
 struct Rendezvous {  // of the lanes of a warp or warpgroup at one collective operation
     unsigned arrived = 0, generation = 0;
     const char* operation = nullptr;
     std::vector<const void*> inputs;
     std::vector<void*> outputs;
+    Known arriving, completed;
 };
 
 struct Block {
@@ -65,11 +68,12 @@ struct Machine {
     std::mt19937 random{1};
     Fiber* current = nullptr;
     jmp_buf scheduler, failed;
-    char message[200];
+    char message[400];
     Index grid, block_size;
     int threads = 0;
     long progress = 0;
     Rendezvous cluster;
+    std::vector<WarpLoads> loads;  // by warp of the cluster
 };
 
 inline Machine machine;
@@ -132,6 +136,13 @@ inline void collective(Rendezvous& r, unsigned size, unsigned lane, const char* 
     }
 }
 
+// At a barrier of whole warps, where what they know of loads goes round.
+inline void meet(Rendezvous& r, unsigned size, unsigned lane, const char* name, bool waits = true) {
+    tell(r.arriving);
+    collective(r, size, lane, name, nullptr, nullptr, [](Rendezvous& all) { all.completed = all.arriving; }, waits);
+    if (waits) learn(r.completed);
+}
+
 template <class Action>
 inline void warp_collective(const char* name, const void* input, void* output, Action action) {
     collective(my_block().warps[self().thread.x / 32], 32, self().thread.x % 32, name, input, output, action);
@@ -158,7 +169,7 @@ inline Barrier& barrier_at(uint32_t address, int block = -1) {
 
 inline void settle(Barrier& b) {
     if (b.pending < 0) fail("more arrivals than a barrier counts", b.count);
-    if (b.pending == 0 && b.bytes == 0) b.phase++, b.pending = b.count, machine.progress++;
+    if (b.pending == 0 && b.bytes == 0) b.phase++, b.pending = b.count, b.completed = b.arriving, machine.progress++;
 }
 
 }  // namespace host

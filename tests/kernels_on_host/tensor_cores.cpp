@@ -13,6 +13,7 @@ void load_matrices(u32 (&r)[4], u32 address) {
                 if (row % 16) host::fail("ldmatrix address is not a multiple of 16", row);
                 std::memcpy((u32*)w.outputs[lane] + matrix, host::shared_at(row, 16) + lane % 4 * 4, 4);
             }
+        host::note_load(w.inputs.data(), w.outputs.data());
     });
 }
 
@@ -57,6 +58,7 @@ static float host_step(float c, const u16* a, const u16* b, int terms = 16) {
 void multiply_accumulate(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     struct Lane { u32 a[4], b[2]; } in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
     host::warp_collective("mma", &in, c, [](host::Rendezvous& w) {
+        host::note_product((int)threadIdx.x / 32, w.inputs.data(), 6);
         u16 x[16][16], y[8][16];
         for (int lane = 0; lane < 32; ++lane) {
             const Lane& l = *(const Lane*)w.inputs[lane];
@@ -201,6 +203,7 @@ void host::multiply_tiles(float* accumulators, int columns, u64 a, u64 b, int ac
 void host::multiply_fragments(float* accumulators, int columns, const u32 (&a)[4], u64 b, int accumulate) {
     struct In { u32 a[4]; u64 b, accumulate; } in{{a[0], a[1], a[2], a[3]}, b, (u64)accumulate};
     warpgroup_collective("wgmma", &in, accumulators, [=](host::Rendezvous& r) {
+        for (int warp = 0; warp < 4; ++warp) host::note_product(host_warpgroup() * 4 + warp, r.inputs.data() + warp * 32, 4);
         std::vector<In> lanes;
         for (auto* p : r.inputs) {
             lanes.push_back(*(const In*)p);
