@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from cufuse import _layout, launch
+from cufuse import _layout, compiler, launch
+from cufuse._linear_problem import ceil_div
 from cufuse._norm_kernels import mean_operand, order_defines, point_defines, point_names
 from cufuse.compiler import Kernel
 from cufuse.named_recipes import RECIPES
@@ -23,8 +24,14 @@ _MOST_GRID_Y: Final = 65535
 _LANES: Final = 32
 _ONE_CHAIN: Final = (0, 1)  # CHAIN_ONE, CHAIN_PAIRS of sums.cuh
 _BY_POSITION: Final = 2
-_BUSY_WARPS: Final = 32
-"""Warps that a multiprocessor should have before one takes several heads."""
+_BUSY_WARPS: Final = 16
+"""Warps that a multiprocessor should have before one takes several heads (H200, a block of 256 rows: 0.6B 9.4 us, with twice as
+many 10.2; 4B 19.1 and 18.9, 8B 28.1 and 28.0)."""
+_MOST_BLOCKS: Final = 16
+"""Of a multiprocessor: 64 warps."""
+_FEW_TOKENS: Final = 64
+_RESERVED: Final = 1024
+"""Bytes of shared memory that a block takes beside its own."""
 
 
 class Ends(NamedTuple):
@@ -132,10 +139,11 @@ class Plan:
         warps = _BUSY_WARPS * launch.multiprocessors(device)
         batch = next((b for b in (4, 2) if tokens * every >= b * warps and heads % b == 0 and kv_heads % b == 0), 1)
         kernel = _kernel(ends, defines, float32, dimensions, block.move_v, batch)
-        blocks = -(-every // batch // _WARPS)
+        blocks = ceil_div(every // batch, _WARPS)
         if max(map(abs, lengths)) > _MOST_STRIDE or blocks > _MOST_GRID_Y:
             raise Unsuited("strides beyond 31 bits, or very many heads")
-        self.prepared = launch.prepare(kernel, device, (tokens, blocks, 1), programmatic=_programmatic(device))
+        room = _room(tokens, blocks, device)
+        self.prepared = launch.prepare(kernel, device, (tokens, blocks, 1), smem=room, programmatic=_programmatic(device))
         operands = [
             float(mean_operand(ends.norm, tokens * count, dimensions)) if ends.norm is not None else 0.0
             for count in (heads, kv_heads)
@@ -159,6 +167,16 @@ class Plan:
 
 class Unsuited(ValueError):
     """The kernel cannot do it; another way has to be taken."""
+
+
+def _room(tokens: int, blocks: int, device: int) -> int:
+    """Shared memory that a block asks for and does not use, so that all multiprocessors get the same number of blocks: those
+    that are free first, when a projection ends, would take as many as they can hold. After few tokens all end together."""
+    share = ceil_div(tokens * blocks, launch.multiprocessors(device))
+    if tokens <= _FEW_TOKENS or share > _MOST_BLOCKS or not _programmatic(device):
+        return 0
+    whole = compiler.shared_memory_limit(launch.capability(device)) + _RESERVED
+    return (whole // share - _RESERVED) // 128 * 128
 
 
 def _programmatic(device: int) -> bool:

@@ -20,16 +20,19 @@ _TILE_M: Final = 128
 _WIDTHS: Final = (256, 128)
 _LINE: Final = 64
 _THREADS: Final = 384
-_BUFFER_BYTES: Final = 8 * 2 * 2048
-"""Two for each warp that multiplies: a quarter of each head of 16 rows."""
+_BUFFER_BYTES: Final = 8 * 2048
+"""Of each warp that multiplies: a quarter of each head of 16 rows."""
+_TABLES_BYTES: Final = 2 * _TILE_M * _HEAD // 4 * 2
+"""A quarter of the columns of cos and of sin."""
 _WEIGHT_BYTES: Final = 2 * 2 * _HEAD
 _LEAST_DEPTH, _MOST_DEPTH = 3, 32
+"""Stages of the ring: behind the last of them it takes three quarters of the tables."""
 _GROUP_ROWS: Final = 16
 """As in linear_sm90: tiles one above the other that run together."""
 _LEAST_EPS: Final = 2.0**-80
 """Below it a sum of squares of tiny elements may show whether they were rounded (head_fragment.cuh)."""
 _LEAST_ROWS: Final = 65
-_ARGUMENTS: Final = struct.Struct("8i3f3iPP56x")
+_ARGUMENTS: Final = struct.Struct("8i3f5iPP48x")
 _NO_SUM: Final = {"SUM_THREADS": 32, "SUM_WIDTH": 32, "SUM_VECTOR": 4, "SUM_CHAINS": 0, "SUM_EDGES": 0, "SUM_TREE": 0}
 _NO_NORM: Final = {"CONTRACT": 0, "MEAN_DIVIDE": 0, "RSQRT_CORRECT": 0, "ROUND_NORMALISED": 0}
 _TAIL_CYCLES: Final = 6000
@@ -37,9 +40,10 @@ _TAIL_CYCLES: Final = 6000
 _ROUNDING_CYCLES: Final = 600
 """Of a tile's accumulators, and of the tensor cores' start."""
 _CYCLES_A_SECOND: Final = 1.7e9
-_HEADS_BYTES_A_SECOND: Final = 2.8e12
+_HEADS_BYTES_A_SECOND: Final = 3.0e12
 _HEADS_SECONDS: Final = 1e-6
-"""kernels/heads.cu on an H200: what it moves, and its launch."""
+"""kernels/heads.cu on an H200: what it moves, and its launch (0.6B, 384 rows: 11.0 us in one launch, 11.2 in two; 14B, 2048 rows:
+277 and 254)."""
 
 
 class Plan:
@@ -57,41 +61,47 @@ class Plan:
         heads, kv_heads, tokens = out[0].shape[-2], out[1].shape[-2], p.m
         _require(block, ends, p, eps, alignment)
         strides = _token_strides(block)
-        widths = [one for one in (_WIDTHS if tile_n is None else (tile_n,)) if ceil_div(p.k, _LINE) >= _parts(one)]
+        rotates = ends.rope is not None
+        stages = ceil_div(p.k, _LINE)
+        widths = [one for one in (_WIDTHS if tile_n is None else (tile_n,)) if stages >= _steps(one, _part_stages(rotates)[-1])]
         if not widths:
             raise Unsuited("fewer stages of K than parts of a tile's heads")
-        width = _choose(p, widths, ends.rope is not None) if tile_n is None else tile_n
-        stage = _LINE * 2 * (_TILE_M + width)
-        depth = min((p.shared_memory - _BUFFER_BYTES - _WEIGHT_BYTES - 16 * _MOST_DEPTH) // stage, _MOST_DEPTH)
+        width = _choose(p, widths, rotates) if tile_n is None else tile_n
+        stage_bytes = _LINE * 2 * (_TILE_M + width)
+        tables = _TABLES_BYTES if rotates else 0
+        depth = min((p.shared_memory - tables - _BUFFER_BYTES - _WEIGHT_BYTES - 16 * (_MOST_DEPTH + 1)) // stage_bytes, _MOST_DEPTH)
         if depth < _LEAST_DEPTH:
             raise Unsuited("the shared memory does not hold three stages")
-        buffers_at = depth * stage
+        tables_at = depth * stage_bytes
+        buffers_at = tables_at + tables
         weights_at = buffers_at + _BUFFER_BYTES
         barriers_at = weights_at + _WEIGHT_BYTES
         tiles_m, tiles_n = ceil_div(tokens, _TILE_M), ceil_div(p.n, width)
         grid = min(tiles_m * tiles_n, p.multiprocessors)
-        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width)
-        smem = barriers_at + 16 * depth
+        apart = next(one for one in _part_stages(rotates) if stages >= _steps(width, one))
+        kernel = _kernel(ends, _sums(ends.norm, tokens, heads, kv_heads), width, apart)
+        smem = barriers_at + 16 * (depth + 1)
         self.tile_n = width
         self.prepared = launch.prepare(kernel, device, grid, threads=_THREADS, smem=smem, programmatic=p.programmatic)
         operands = [float(mean_operand(ends.norm, tokens * count, _HEAD)) if ends.norm else 0.0 for count in (heads, kv_heads)]
         numbers = (
-            ceil_div(p.k, _LINE), tiles_m, tiles_n, _GROUP_ROWS, depth, p.weights_ready, heads, kv_heads, *operands,
-            float(np.float32(eps)), buffers_at, weights_at, barriers_at,
+            stages, tiles_m, tiles_n, _GROUP_ROWS, depth, p.weights_ready, heads, kv_heads, *operands,
+            float(np.float32(eps)), tokens - (tiles_m - 1) * _TILE_M, tables_at, buffers_at, weights_at, barriers_at,
         )  # fmt: skip
         views = [
             ((p.k, tokens), (p.x_stride * 2,), (_LINE, _TILE_M)),
             ((p.k, p.n), (p.weight_stride * 2,), (_LINE, width)),
-            *(((_HEAD, tokens), (stride,), (_LINE, _TILE_M)) for stride in strides[:2]),
+            *(((_HEAD, tokens), (stride,), (_HEAD // 4, _TILE_M)) for stride in strides[:2]),
             *(
                 ((count * _HEAD, tokens), (stride,), (_HEAD // 4, 16))
                 for count, stride in zip((heads, kv_heads, kv_heads), strides[2:], strict=True)
             ),
+            ((p.k, tokens), (p.x_stride * 2,), (_LINE, (tokens - 1) % _TILE_M + 1)),
         ]
 
         def pack(pointers: tuple[int, ...]) -> bytes:
             x, weight, q, k, v, cos, sin, q_weight, k_weight = pointers
-            mapped = zip((x, weight, cos, sin, q, k, v), views, strict=True)
+            mapped = zip((x, weight, cos, sin, q, k, v, x), views, strict=True)
             maps = [_driver.tensor_map(pointer, *view) if pointer else bytes(128) for pointer, view in mapped]
             return _ARGUMENTS.pack(*numbers, q_weight, k_weight) + b"".join(maps)
 
@@ -167,9 +177,14 @@ def cycles(p: Problem, tile_n: int, rotates: bool) -> int:
     return rounds * (ceil_div(p.k, 64) * stage + tables + _ROUNDING_CYCLES) + _TAIL_CYCLES * tile_n // 256
 
 
-def _parts(tile_n: int) -> int:
-    """That the kernel divides a tile's heads into: STEPS."""
-    return 4 * (tile_n // _HEAD) + 4
+def _part_stages(rotates: bool) -> tuple[int, ...]:
+    """Stages from one quarter of a tile's heads to the next (PART_STAGES), the best first: tables have to come in between."""
+    return (3, 2) if rotates else (1,)
+
+
+def _steps(tile_n: int, apart: int) -> int:
+    """Stages during which the kernel does the parts of a tile's heads: STEPS."""
+    return 4 * (tile_n // _HEAD) + 3 * apart + 1
 
 
 def _sums(norm: Norm | None, tokens: int, heads: int, kv_heads: int) -> dict[str, int]:
@@ -183,12 +198,13 @@ def _sums(norm: Norm | None, tokens: int, heads: int, kv_heads: int) -> dict[str
     return sums
 
 
-def _kernel(ends: Ends, sums: dict[str, int], tile_n: int) -> Kernel:
+def _kernel(ends: Ends, sums: dict[str, int], tile_n: int, apart: int) -> Kernel:
     norm = ends.norm
     defines: dict[str, int | str] = {"TILE_N": tile_n, "HEAD_NORM": int(norm is not None), "ROTATE": int(ends.rope is not None)}
+    defines |= {"PART_STAGES": apart}
     defines |= {"COLUMNS": _HEAD, "GROUP": 32, **sums, **(_NO_NORM if norm is None else point_defines(norm))}
     words = ["no norm"] if norm is None else [norm.sum_order, *point_names(norm)]
-    words += ["rotation"] if ends.rope is not None else []
+    words += [f"rotation by {apart} stages"] if ends.rope is not None else []
     name = f"linear_heads_sm90 {_TILE_M}x{tile_n}, {', '.join(words)}"
     return Kernel(name, "linear_heads_sm90.cu", "linear_heads_sm90", tuple(defines.items()), _THREADS, capability=90, last=90)
 
@@ -196,13 +212,13 @@ def _kernel(ends: Ends, sums: dict[str, int], tile_n: int) -> Kernel:
 def _kernels() -> tuple[Kernel, ...]:
     """A choice for compile tests and tables: the recipes that it serves, with and without norm and rotation, and narrow tiles."""
     found: dict[str, Kernel] = {}
-    for recipe, norm, rotation, tile_n in (
-        *((name, True, True, 256) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
-        *(("torch", *parts, 256) for parts in ((True, False), (False, True), (False, False))),
-        ("torch", True, True, 128),
+    for recipe, norm, rotation, tile_n, apart in (
+        *((name, True, True, 256, 3) for name in ("torch", "torch-rms-norm", "batch-invariant", "gemma")),
+        *(("torch", *parts, 256, 3 if parts[1] else 1) for parts in ((True, False), (False, True), (False, False))),
+        *(("torch", True, True, tile_n, apart) for tile_n, apart in ((256, 2), (128, 3), (128, 2))),
     ):
         last = ends(RECIPES[recipe], norm, rotation)
-        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n)
+        kernel = _kernel(last, _sums(last.norm, 2048, 32, 8), tile_n, apart)
         found.setdefault(kernel.name, kernel)
     return tuple(found.values())
 

@@ -8,7 +8,7 @@ from cufuse import _driver
 from cufuse._linear_problem import Launch, Problem, ceil_div
 from cufuse.compiler import Kernel
 
-_WIDTHS: Final = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+_WIDTHS: Final = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 """Columns of linear_sm90's tiles: where work is scarce, one of them gives every multiprocessor the same share."""
 _WIDEST_OF_FEW_ROWS: Final = 128
 _BUFFER_BYTES: Final = 2 * 2048
@@ -90,9 +90,6 @@ class MmaConfiguration:
         return Kernel(name, "linear_sm80.cu", "linear_sm80", tuple(defines.items()), threads, smem)
 
 
-CLUSTERS: Final = ((1, 1),)
-"""Heights and widths of clusters to choose from, for many rows."""
-
 WARPGROUP: Final = tuple(
     [
         WarpgroupConfiguration(1, tile_n, tile_k=tile_k)
@@ -101,10 +98,9 @@ WARPGROUP: Final = tuple(
         for tile_k in (128, 256)
     ]
     + [
-        WarpgroupConfiguration(2, tile_n, *cluster, box_store)
+        WarpgroupConfiguration(2, tile_n, box_store=box_store)
         for tile_n in _WIDTHS
         if tile_n >= 48
-        for cluster in CLUSTERS
         for box_store in ((False, True) if tile_n % 32 == 0 else (False,))
     ]
 )
@@ -214,13 +210,23 @@ def plan_warpgroups(problem: Problem, configuration: WarpgroupConfiguration) -> 
     else:
         x_view = ((p.k, p.m), (p.x_stride * 2,), (64, x_rows // c.cluster_n))
         weight_view = ((p.k, p.n), (p.weight_stride * 2,), (64, c.tile_n // c.cluster_m))
+    last_x_view, last_weight_view = x_view, weight_view
+    if not c.deep:
+        # boxes of the rows that the last tiles have, but where a cluster shares them
+        if c.cluster_n == 1 and p.m % c.tile_m:
+            last_x_view = (*x_view[:2], (64, p.m % c.tile_m))
+        if c.cluster_m == 1 and p.n % c.tile_n:
+            last_weight_view = (*weight_view[:2], (64, p.n % c.tile_n))
 
     def arguments(x: int, weight: int, out: int) -> bytes:
+        x_map, weight_map = _driver.tensor_map(x, *x_view), _driver.tensor_map(weight, *weight_view)
         return (
             _WARPGROUP_ARGUMENTS.pack(*numbers, out)
-            + _driver.tensor_map(x, *x_view)
-            + _driver.tensor_map(weight, *weight_view)
+            + x_map
+            + weight_map
             + (_driver.tensor_map(out, (p.n, p.m), (p.n * 2,), (columns, 16)) if c.box_store else bytes(128))
+            + (x_map if last_x_view == x_view else _driver.tensor_map(x, *last_x_view))
+            + (weight_map if last_weight_view == weight_view else _driver.tensor_map(weight, *last_weight_view))
         )
 
     return Launch(

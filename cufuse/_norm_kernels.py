@@ -27,7 +27,8 @@ _LIGHT_COLUMNS: Final = 8192
 _ROOMY_SMEM: Final = 1 << 16
 _MANY_ROWS: Final = 8
 """Of bfloat16 for each multiprocessor, from which they go through shared memory where 256 or 512 threads take two whole packs each
-(H200, `torch-rms-norm`, against registers: 2048 x 4096 10.2 us and 10.9, 4096 x 8192 36.9 and 39.0; `torch` 39.6 and 43.6)."""
+(H200, `torch-rms-norm`, against registers: 2048 x 4096 10.2 us and 10.9, 4096 x 8192 36.9 and 39.0; `torch` 39.6 and 43.6;
+``python3 -m tests.gpu_bench_norm`` times the choice)."""
 
 
 class Types(NamedTuple):

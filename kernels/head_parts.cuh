@@ -105,12 +105,33 @@ struct HeadParts {
         }
     }
 
-    __device__ __forceinline__ HeadVector normalised(const HeadVector& x, int which, int lane) const {
-        float sum = __fmul_rn(x.at(0), x.at(0));
+    // One of the heads that this CTA finishes: of q, k or v, its number there, and which of the own tokens it belongs to.
+    struct Head {
+        int which, number, slot;
+    };
+    __device__ __forceinline__ Head head(int i) const {
+        const int head = blockIdx.x / CLUSTER * CLUSTER_HEADS + i % CLUSTER_HEADS;
+        const int which = head < a.heads ? 0 : head < a.heads + a.kv_heads ? 1 : 2;
+        return {which, head - (which == 0 ? 0 : a.heads + (which - 1) * a.kv_heads), i / CLUSTER_HEADS};
+    }
+
+    // Of v's heads, which nobody takes, too: without branches the heads' steps do not wait for each other.
+    template <int TOGETHER>
+    __device__ __forceinline__ void normalise(HeadVector (&x)[TOGETHER], const Head (&heads)[TOGETHER], int lane) const {
+        float sums[TOGETHER];
 #pragma unroll
-        for (int i = 1; i < 4; ++i) sum = __fmaf_rn(x.at(i), x.at(i), sum);
-        const float r = reciprocal_root(halve_lanes(sum), which == 0 ? a.q_mean_operand : a.k_mean_operand, eps);
-        return weighted<u16>(x, load<4>(weight(which), lane), r);
+        for (int j = 0; j < TOGETHER; ++j) {
+            sums[j] = __fmul_rn(x[j].at(0), x[j].at(0));
+#pragma unroll
+            for (int i = 1; i < 4; ++i) sums[j] = __fmaf_rn(x[j].at(i), x[j].at(i), sums[j]);
+        }
+        halve_lanes(sums);
+#pragma unroll
+        for (int j = 0; j < TOGETHER; ++j) {
+            const bool of_q = heads[j].which == 0;
+            const float r = reciprocal_root(sums[j], of_q ? a.q_mean_operand : a.k_mean_operand, eps);
+            x[j] = weighted<u16>(x[j], load<4>(weight(of_q ? 0 : 1), lane), r);
+        }
     }
     __device__ __forceinline__ HeadVector turned(const HeadVector& y, int slot, int lane) const {
         const HeadVector other = shuffle_xor(y, 16), cos = load<4>(table(0, slot), lane);
@@ -121,24 +142,44 @@ struct HeadParts {
             z.pairs[i] = add_pairs(multiply_pairs(y.pairs[i], cos.pairs[i]), multiply_pairs(other.pairs[i], sin.pairs[i]));
         return z;
     }
-    // Warps 0 to WORKERS - 1.
+    // Warps 0 to WORKERS - 1. A head waits for its own steps most of the time: a warp with several takes up to four at once.
     __device__ __forceinline__ void finish() const {
-        const int lane = threadIdx.x % 32;
         if (own() > 0) barrier_wait(barrier, 0);
+        const int most = (own() * CLUSTER_HEADS + WORKERS - 1) / WORKERS;
+        if (most > 2)
+            finish_together<4>();
+        else if (most > 1)
+            finish_together<2>();
+        else
+            finish_together<1>();
+    }
+    template <int TOGETHER>
+    __device__ __forceinline__ void finish_together() const {
+        const int lane = threadIdx.x % 32, count = own() * CLUSTER_HEADS;
 #pragma unroll 1
-        for (int i = threadIdx.x / 32; i < own() * CLUSTER_HEADS; i += WORKERS) {
-            const int slot = i / CLUSTER_HEADS, token = slot * CLUSTER + rank();
-            int head = blockIdx.x / CLUSTER * CLUSTER_HEADS + i % CLUSTER_HEADS;
-            const int which = head < a.heads ? 0 : head < a.heads + a.kv_heads ? 1 : 2;
-            head -= which == 0 ? 0 : a.heads + (which - 1) * a.kv_heads;
-            HeadVector z = load<4>((const u16*)(products() + i * HEAD_BYTES), lane);
-            if (which < 2) {
-                if (HEAD_NORM) z = normalised(z, which, lane);
-                if (ROTATE) z = turned(z, slot, lane);
+        for (int first = threadIdx.x / 32; first < count; first += WORKERS * TOGETHER) {
+            Head heads[TOGETHER];
+            HeadVector x[TOGETHER], z[TOGETHER];
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) {
+                const int i = min(first + j * WORKERS, count - 1);
+                heads[j] = head(i);
+                x[j] = z[j] = load<4>((const u16*)(products() + i * HEAD_BYTES), lane);
             }
-            const HeadPlaces& to = a.to[which];
-            const int row = which == 0 ? token : rows()[slot];
-            if (row >= 0) store(to.base + (long long)row * to.token + (long long)head * to.head, lane, z);
+            if (HEAD_NORM) normalise(z, heads, lane);
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j)
+                if (ROTATE) z[j] = turned(z[j], heads[j].slot, lane);
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) {
+                const HeadPlaces& to = a.to[heads[j].which];
+                const int row = heads[j].which == 0 ? heads[j].slot * CLUSTER + rank() : rows()[heads[j].slot];
+                u16* target = to.base + (long long)row * to.token + (long long)heads[j].number * to.head;
+                // pair by pair: of two whole packs one would be chosen by its address, in local memory
+#pragma unroll
+                for (int i = 0; i < 2; ++i) z[j].pairs[i] = heads[j].which < 2 ? z[j].pairs[i] : x[j].pairs[i];
+                if (first + j * WORKERS < count && row >= 0) store(target, lane, z[j]);
+            }
         }
     }
 };

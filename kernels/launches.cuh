@@ -11,8 +11,8 @@
 CUFUSE_INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
 // This block's leave for the next kernel to begin.
 CUFUSE_INLINE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
-// The line of an address into the L2 cache alone, through which all accesses go whoever makes them: no result depends on it, so that it may be
-// asked for before what lies there has been written.
+// The line of an address into the L2 cache alone, through which all accesses go whoever makes them: no result depends on it, so
+// that it may be asked for before what lies there has been written.
 CUFUSE_INLINE void prefetch_line(const void* global) { asm volatile("prefetch.global.L2 [%0];" : : "l"(global) : "memory"); }
 #else
 CUFUSE_INLINE void prefetch_line(const void*) {}

@@ -8,26 +8,32 @@
 // multiples of 16 bytes apart, a token's heads of q, k or v lie one behind the other.
 //
 // Schedule: a persistent grid, tiles of 128 tokens by TILE_N rows of the weight. Warpgroup 0 brings 64 k of both operands at a
-// time into a ring of `depth` stages in dynamic shared memory; warpgroups 1 and 2 multiply 64 tokens each. A finished tile is
-// rounded, which halves the registers that it takes, and stays there: norm, rotation and stores are done in STEPS parts during
-// the first STEPS stages of the next tile, while the tensor cores work; a part that takes longer than a stage's products leaves
-// them idle. The tables come through the ring as two stages more: cos and sin of a head's first half of columns behind the stage
-// during which they are needed first, and of its second. Tiles have at least STEPS stages.
+// time into a ring of `depth` stages in dynamic shared memory, a thread each; warpgroups 1 and 2 multiply 64 tokens each. A finished tile is
+// rounded, which halves the registers that it takes, and stays there: norm, rotation and stores are done in parts during the first
+// STEPS stages of the next tile, while the tensor cores work; a part that takes longer than a stage's products leaves them idle.
+// Tiles have at least STEPS stages.
 // A part of the norm: half the squares of a head, or the norm of half its columns; of the stores: a quarter of the columns of all
 // heads, which share what they read of the tables. What counts is shared memory: products and copies need almost all that it can
 // do, and every access of the heads takes its time from them.
+// The tables have a buffer of their own, for a quarter of a head's columns: in the ring they would hold slots that products wait
+// for. The next quarter is asked for when all have used the one before, and quarters are PART_STAGES stages apart, so that it comes in
+// time (H200, a block of 2048 rows of 4B: 105.4 us with three stages, 107.2 with two). Behind the last tile nothing covers that wait:
+// its other quarters come into the ring, where no stages follow, and leave from there.
 #include "wgmma.cuh"
 #include "head_fragment.cuh"
 #include "ring.cuh"
 
 constexpr int TILE_M = 128, LINE = 64;  // k, or columns of a head, in a line of 128 bytes
 constexpr int TILE_HEADS = TILE_N / HEAD;
-constexpr int FIRST_SEND = 4 * TILE_HEADS, STEPS = FIRST_SEND + 4;
+constexpr int FIRST_SEND = 4 * TILE_HEADS, STEPS = FIRST_SEND + 3 * PART_STAGES + 1;
 constexpr int THREADS = 384, CONSUMER_WARPS = 8;
-constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128, TABLES_BYTES = 2 * X_BYTES;
-constexpr u32 BOX_BYTES = 16 * 64, BUFFER_BYTES = 2 * BOX_BYTES;  // 16 rows of a quarter of a head; a warp has two buffers
+constexpr u32 WEIGHT_THREAD = 0, X_THREAD = 32, TABLES_THREAD = 64;  // that ask for them
+constexpr u32 X_BYTES = TILE_M * 128, STAGE_BYTES = X_BYTES + TILE_N * 128;
+constexpr u32 TABLE_BYTES = TILE_M * 64, TABLES_BYTES = 2 * TABLE_BYTES;  // a quarter of the columns of cos, then of sin
+constexpr u32 BOX_BYTES = 16 * 64, BUFFER_BYTES = 2 * BOX_BYTES;          // 16 rows of a quarter of each head
 constexpr u32 WEIGHT_BYTES = HEAD * 2;
-static_assert(TILE_HEADS <= 2 && TABLES_BYTES <= STAGE_BYTES, "tiles of one or two heads");
+static_assert(TILE_HEADS <= 2, "tiles of one or two heads");
+static_assert(TABLES_BYTES + CONSUMER_WARPS * BUFFER_BYTES <= STAGE_BYTES, "a quarter's tables and outputs behind the last stage");
 
 struct Arguments {
     int stages;  // of a tile
@@ -36,9 +42,11 @@ struct Arguments {
     int depth, weights_ready;  // weights_ready: they alone may be touched before the previous kernel ends
     int heads, kv_heads;
     float q_mean_operand, k_mean_operand, eps;
-    int buffers_at, weights_at, barriers_at;  // bytes from the start of dynamic shared memory
+    int last_rows;  // of the last tiles
+    int tables_at, buffers_at, weights_at, barriers_at;  // bytes from the start of dynamic shared memory
     const u32 *q_weight, *k_weight;
     TensorMap x_map, weight_map, cos_map, sin_map, out_map[3];
+    TensorMap last_x_map;  // boxes of the rows of x that the last tiles have: zeros for others come slowly
 };
 
 enum Which { Q, K, V, NONE };
@@ -59,15 +67,20 @@ struct Tile {
         return head(i) < a.heads ? Q : head(i) < first_v ? K : head(i) < first_v + a.kv_heads ? V : NONE;
     }
     __device__ __forceinline__ bool takes_tables(const Arguments& a) const { return ROTATE && head(0) < a.heads + a.kv_heads; }
+    __device__ __forceinline__ bool whole(const Arguments& a) const {
+        return a.last_rows == TILE_M || m + TILE_M < a.tiles_m * TILE_M;
+    }
+    static __device__ __forceinline__ int count(const Arguments& a) { return a.tiles_m * a.tiles_n; }
 };
 
-// A stage: 128 lines of x, then TILE_N of the weight; or 128 of cos, then 128 of sin.
+// A stage: 128 lines of x, then TILE_N of the weight. Behind the ring the tables, and two barriers behind its own.
 struct Ring {
-    u32 first, full, empty;
+    u32 first, full, empty, tables, tables_full, tables_empty;
     int depth;
 
     __device__ __forceinline__ Ring(const Arguments& a, u32 shared)
-        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), depth(a.depth) {}
+        : first(shared), full(shared + a.barriers_at), empty(full + a.depth * 8), tables(shared + a.tables_at),
+          tables_full(empty + a.depth * 8), tables_empty(tables_full + 8), depth(a.depth) {}
     __device__ __forceinline__ u32 stage(int slot) const { return first + slot * STAGE_BYTES; }
 };
 
@@ -76,64 +89,67 @@ struct Bringer {
     const Arguments& a;
     const Ring& ring;
 
-    __device__ __forceinline__ void bring_x(const Tile& tile, int stage, int slot) const {
-        copy_box(ring.stage(slot), &a.x_map, stage * LINE, tile.m, ring.full + slot * 8, EVICT_NORMAL);
-    }
-    __device__ __forceinline__ void bring_weight(const Tile& tile, int stage, int slot) const {
-        barrier_arrive_expecting(ring.full + slot * 8, STAGE_BYTES);  // zeros from outside the tensors count too
-        copy_box(ring.stage(slot) + X_BYTES, &a.weight_map, stage * LINE, tile.n, ring.full + slot * 8, EVICT_NORMAL);
-    }
-    __device__ __forceinline__ void bring_tables(const Tile& tile, int half, Place& place) const {
-        barrier_wait(ring.empty + place.slot * 8, place.parity);
-        const u32 barrier = ring.full + place.slot * 8, target = ring.stage(place.slot);
-        barrier_arrive_expecting(barrier, TABLES_BYTES);
-        copy_box(target, &a.cos_map, half * LINE, tile.m, barrier, EVICT_NORMAL);
-        copy_box(target + X_BYTES, &a.sin_map, half * LINE, tile.m, barrier, EVICT_NORMAL);
-        place.advance(ring.depth);
-    }
-    // The stages that the empty ring takes; returns how many. A dependent launch fetches their weights while the kernel before
-    // it still runs.
-    __device__ __forceinline__ int fill(const Tile& tile) const {
-        const int ahead = min(a.stages, ring.depth);
-#pragma unroll 1
-        for (int stage = 0; stage < ahead; ++stage) {
-            barrier_init(ring.full + stage * 8, 1);
-            barrier_init_fence();
-            bring_weight(tile, stage, stage);
-            if (!a.weights_ready) bring_x(tile, stage, stage);
+    // A stage of x, or of the weight. Each has an arrival of its own at the stage's barrier.
+    template <bool X>
+    __device__ __forceinline__ void bring(const Tile& tile, int stage, int slot) const {
+        const u32 barrier = ring.full + slot * 8;
+        if (X) {
+            const bool whole = tile.whole(a);
+            barrier_arrive_expecting(barrier, whole ? X_BYTES : a.last_rows * 128);
+            copy_box(ring.stage(slot), whole ? &a.x_map : &a.last_x_map, stage * LINE, tile.m, barrier, EVICT_NORMAL);
+        } else {
+            barrier_arrive_expecting(barrier, TILE_N * 128);  // zeros from outside the tensors count too
+            copy_box(ring.stage(slot) + X_BYTES, &a.weight_map, stage * LINE, tile.n, barrier, EVICT_NORMAL);
         }
-        if (a.weights_ready) {
-            wait_for_previous_kernel();
-#pragma unroll 1
-            for (int stage = 0; stage < ahead; ++stage) bring_x(tile, stage, stage);
-        }
-        return ahead;
     }
-    // All that follow the first `stage` stages of the CTA's first tile.
-    __device__ __forceinline__ void go_on(Tile tile, int stage) const {
+    __device__ __forceinline__ void bring_table(bool sin, const Tile& tile, int quarter, u32 tables, u32 barrier) const {
+        copy_box(tables + (sin ? TABLE_BYTES : 0), sin ? &a.sin_map : &a.cos_map, quarter * 32, tile.m, barrier, EVICT_NORMAL);
+    }
+    // Everything for the tables' own buffer: of the last tile the first quarter alone.
+    __device__ __forceinline__ void bring_tables() const {
+        for (int index = blockIdx.x; index < Tile::count(a); index += gridDim.x) {
+            const Tile tile(a, index);
+            if (!tile.takes_tables(a)) continue;
+            const int quarters = index + (int)gridDim.x < Tile::count(a) ? 4 : 1;
+#pragma unroll 1
+            for (int quarter = 0; quarter < quarters; ++quarter) {
+                barrier_wait(ring.tables_empty, quarter & 1 ^ 1);  // four phases a tile; the buffer was empty
+                barrier_arrive_expecting(ring.tables_full, TABLES_BYTES);
+                bring_table(false, tile, quarter, ring.tables, ring.tables_full);
+                bring_table(true, tile, quarter, ring.tables, ring.tables_full);
+            }
+        }
+    }
+    __device__ __forceinline__ int ahead() const { return min(a.stages, ring.depth); }
+    // One operand of the stages that the empty ring takes.
+    template <bool X>
+    __device__ __forceinline__ void fill(const Tile& tile) const {
+#pragma unroll 1
+        for (int stage = 0; stage < ahead(); ++stage) bring<X>(tile, stage, stage);
+    }
+    // Of all that follow those stages of the CTA's first tile; behind the last tile the other quarters of cos, or of sin.
+    template <bool X>
+    __device__ __forceinline__ void go_on(Tile tile) const {
+        int stage = ahead();
         Place place = {stage, 1};  // the ring was empty
         if (stage == ring.depth) place = {0, 0};
-        Tile before = tile;
-        bool owed = false;  // tables of the tile before
         for (int index = blockIdx.x;;) {
             for (; stage < a.stages; ++stage) {
                 barrier_wait(ring.empty + place.slot * 8, place.parity);
-                bring_weight(tile, stage, place.slot);
-                bring_x(tile, stage, place.slot);
+                bring<X>(tile, stage, place.slot);
                 place.advance(ring.depth);
-                if (owed && stage == FIRST_SEND) bring_tables(before, 0, place);
-                if (owed && stage == FIRST_SEND + 2) bring_tables(before, 1, place);
             }
-            owed = tile.takes_tables(a);
-            before = tile;
             index += gridDim.x;
-            if (index >= a.tiles_m * a.tiles_n) break;
+            if (index >= Tile::count(a)) break;
             tile = Tile(a, index);
             stage = 0;
         }
-        if (owed) {
-            bring_tables(before, 0, place);
-            bring_tables(before, 1, place);
+        for (int quarter = 1; tile.takes_tables(a) && quarter < 4; ++quarter) {
+            const u32 barrier = ring.full + place.slot * 8;
+            barrier_wait(ring.empty + place.slot * 8, place.parity);
+            barrier_arrive_expecting(barrier, TABLE_BYTES);
+            bring_table(!X, tile, quarter, ring.stage(place.slot), barrier);
+            place.advance(ring.depth);
         }
     }
 };
@@ -143,9 +159,8 @@ struct Consumer {
     const Arguments& a;
     const Ring& ring;
     Place place;
-    int before;      // slot of the stage before
-    int tables;      // slot of the tables in use
-    float sum;       // between a head's parts: of half its squares, then the factor of this lane's row
+    int before;  // slot of the stage before
+    float sum;   // between a head's parts: of half its squares, then the factor of this lane's row
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32 - 4; }
@@ -175,10 +190,11 @@ struct Consumer {
         for (int i = 0; i < TILE_N / 4; ++i) pairs[i / HEAD_PAIRS][i % HEAD_PAIRS] = pack_bf16(c[2 * i], c[2 * i + 1]);
     }
 
-    // Part number `step` of what is left to do with a tile.
+    // What is left to do with a tile, during stage `step` of the next one, or behind the LAST.
+    template <bool LAST>
     __device__ __forceinline__ void finish(int step, const Tile& tile, u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
         if (step >= FIRST_SEND) {
-            send(step - FIRST_SEND, tile, pairs);
+            if ((step - FIRST_SEND) % PART_STAGES == 0) send<LAST>((step - FIRST_SEND) / PART_STAGES, tile, pairs);
         } else if (HEAD_NORM) {
             normalise(step % 4, tile.which(a, step / 4), pairs[step / 4 % TILE_HEADS]);
         }
@@ -213,27 +229,32 @@ struct Consumer {
         }
     }
     // A quarter of the columns of all heads, to their places.
+    template <bool LAST>
     __device__ __forceinline__ void send(int quarter, const Tile& tile, const u32 (&pairs)[TILE_HEADS][HEAD_PAIRS]) {
         const bool takes_tables = tile.takes_tables(a);
         // matrices: rows 0-7 and 8-15 of eight columns, then of the next eight
         const u32 line = lane() & 15, unit = lane() >> 4;
         u32 cos[2][4] = {}, sin[2][4] = {};
+        u32 buffer = ring.first + a.buffers_at + warp() * BUFFER_BYTES;
         if (takes_tables) {
-            if (quarter % 2 == 0) {
+            u32 table = ring.tables;
+            if (LAST && quarter > 0) {
                 barrier_wait(ring.full + place.slot * 8, place.parity);
-                tables = place.slot;
+                table = ring.stage(place.slot);
+                buffer = table + TABLES_BYTES + warp() * BUFFER_BYTES;  // where nothing has to leave before
                 place.advance(ring.depth);
+            } else {
+                barrier_wait(ring.tables_full, quarter & 1);
             }
-            const u32 table = ring.stage(tables) + warp() * 16 * 128 + line * 128 + swizzled_unit(unit, line) * 16;
+            table += (warp() * 16 + line) * 64 + (unit ^ (line / 2 & 3)) * 16;
             // all at once: they wait long while the tensor cores read shared memory
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                load_matrices(cos[i], table ^ (32 * (quarter % 2 * 2 + i)));
-                load_matrices(sin[i], (table ^ (32 * (quarter % 2 * 2 + i))) + X_BYTES);
+                load_matrices(cos[i], table ^ (32 * i));
+                load_matrices(sin[i], (table ^ (32 * i)) + TABLE_BYTES);
             }
         }
-        const u32 buffer = ring.first + a.buffers_at + (warp() * 2 + quarter % 2) * BUFFER_BYTES;
-        if (lane() == 0) wait_for_store_reads<1>();  // those of the quarter before the last one
+        if (lane() == 0 && !(LAST && takes_tables && quarter > 0)) wait_for_store_reads<0>();
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < TILE_HEADS; ++i) {
@@ -245,7 +266,8 @@ struct Consumer {
                 write_quarter<false>(target, quarter, cos, sin, pairs[i]);
         }
         fence_shared_for_copies();
-        __syncwarp();  // and all lanes have read the tables
+        __syncwarp();  // and all lanes have used what they read of the tables: an arrival alone waits for no load
+        if (takes_tables && !LAST && lane() == 0) barrier_arrive(ring.tables_empty);
         if (lane() == 0) {
 #pragma unroll
             for (int i = 0; i < TILE_HEADS; ++i) {
@@ -255,7 +277,6 @@ struct Consumer {
             }
             commit_stores();
         }
-        if (takes_tables && quarter % 2 == 1) release(tables);
     }
 
     __device__ __forceinline__ void run() {
@@ -263,11 +284,11 @@ struct Consumer {
         Tile last(a, blockIdx.x);
         bool left = false;  // whether `last` has parts left to do
         float c[TILE_N / 2];
-        for (int index = blockIdx.x; index < a.tiles_m * a.tiles_n; index += gridDim.x) {
+        for (int index = blockIdx.x; index < Tile::count(a); index += gridDim.x) {
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
                 multiply(c, step == 0);
-                if (left) finish(step, last, pairs);
+                if (left) finish<false>(step, last, pairs);
             }
             last = Tile(a, index);
             left = true;
@@ -278,7 +299,7 @@ struct Consumer {
             round(pairs, c);
         }
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) finish(step, last, pairs);
+        for (int step = 0; step < STEPS; ++step) finish<true>(step, last, pairs);
         if (lane() == 0) wait_for_stores();
     }
 };
@@ -289,21 +310,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const
     const Ring ring(a, shared);
     const Bringer bringer = {a, ring};
     const Tile first(a, blockIdx.x);
-    int stages = 0;  // on their way
 
     begin_as_dependent(a.weights_ready);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == WEIGHT_THREAD) {
         fetch_tensor_map(&a.weight_map);
-        fetch_tensor_map(&a.x_map);
-        stages = bringer.fill(first);
 #pragma unroll 1
-        for (int slot = stages; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
+        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 2);
+        barrier_init(ring.tables_full, 1);
         barrier_init_fence();
-    } else if (threadIdx.x == 32) {
+        bringer.fill<false>(first);  // a dependent launch fetches them while the kernel before it still runs
+    } else if (threadIdx.x == X_THREAD) {
+        fetch_tensor_map(first.whole(a) ? &a.x_map : &a.last_x_map);
 #pragma unroll 1
         for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.empty + slot * 8, CONSUMER_WARPS);
+        barrier_init(ring.tables_empty, CONSUMER_WARPS);
         barrier_init_fence();
-    } else if (threadIdx.x == 64) {
+    } else if (threadIdx.x == TABLES_THREAD) {
         for (int which = Q; which <= V; ++which) fetch_tensor_map(&a.out_map[which]);
         if (ROTATE) {
             fetch_tensor_map(&a.cos_map);
@@ -319,10 +341,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_heads_sm90(const
     // those that multiply need more registers than an even share
     if (threadIdx.x < 128) {
         give_registers_back<40>();
-        if (threadIdx.x == 0) bringer.go_on(first, stages);
+        if (threadIdx.x == WEIGHT_THREAD) {
+            bringer.go_on<false>(first);
+        } else if (threadIdx.x == X_THREAD) {
+            wait_for_previous_kernel();
+            bringer.fill<true>(first);
+            bringer.go_on<true>(first);
+        } else if (ROTATE && threadIdx.x == TABLES_THREAD) {
+            wait_for_previous_kernel();
+            bringer.bring_tables();
+        }
     } else {
         take_registers<232>();
         wait_for_previous_kernel();
-        Consumer{a, ring, {0, 0}, 0, 0, 0.0f}.run();
+        Consumer{a, ring, {0, 0}, 0, 0.0f}.run();
     }
 }

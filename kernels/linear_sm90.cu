@@ -6,9 +6,11 @@
 // (a multiple of 64) and writes its accumulators to out + s * M * N, as float32.
 // Output: the accumulator, or the accumulator rounded once to bfloat16 (nearest even).
 //
-// Warpgroup 0 brings TILE_K of both operands at a time into a ring of `depth` stages in dynamic shared memory; CONSUMERS more
-// warpgroups multiply 64 rows of the tile each. Where M is smaller than a tile only x_rows rows of it are brought: the products
-// read whatever lies behind them, which reaches outputs that do not exist and no others.
+// Warpgroup 0 brings TILE_K of both operands at a time into a ring of `depth` stages in dynamic shared memory, each operand by a
+// thread of its own: one for both would take longer for a narrow tile's stage than its products; CONSUMERS more warpgroups multiply 64
+// rows of the tile each. Where M is smaller than a tile only x_rows rows of it have room; of the last tiles only rows that exist are
+// brought (zeros for others come slowly: some 8 cycles a line on an H200), but where a cluster shares them or an operand's stage is one
+// box: the products read whatever lies behind them, which reaches outputs that do not exist and no others.
 // A cluster is CLUSTER_M tiles high and CLUSTER_N wide: each CTA fetches its share of the x that its row of tiles needs and of
 // the weight that its column of tiles needs, and sends it to all who need it.
 // With CONSUMERS = 1 an operand's stage is one copy of a 3-D box, the matrix seen as [K/64][rows][64], and K a multiple of 64.
@@ -26,6 +28,7 @@ constexpr int LINES = TILE_K / LINE;
 constexpr bool DEEP = CONSUMERS == 1;
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N, SENDERS = CLUSTER_M + CLUSTER_N - 1;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
+constexpr u32 WEIGHT_THREAD = 0, X_THREAD = 32;  // that ask for the operands
 constexpr u32 WEIGHT_LINE_BYTES = TILE_N * 128;  // one line of each of the tile's weight rows
 constexpr u32 SHARE_N = TILE_N / CLUSTER_M;      // rows of the weight that a CTA fetches
 constexpr int BOX_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, BOXES = BOX_STORE ? TILE_N / BOX_COLUMNS : 0;
@@ -46,6 +49,7 @@ struct Arguments {
     int buffers_at, barriers_at;  // bytes from the start of dynamic shared memory
     void* out;
     TensorMap x_map, weight_map, out_map;
+    TensorMap last_x_map, last_weight_map;  // boxes of the rows that the last tiles have, where those are fewer
 };
 
 // This CTA's place in its cluster.
@@ -119,12 +123,23 @@ struct Bringer {
     // few rows: the weight is read once and not worth room in the L2 cache
     static constexpr u64 WEIGHT_POLICY = CONSUMERS == 1 ? EVICT_FIRST : EVICT_NORMAL;
 
-    __device__ __forceinline__ void expect(int slot) const {
-        barrier_arrive_expecting(ring.full + slot * 8, ring.stage_bytes);  // zeros from outside the tensors count too
+    // Rows of a tile's operands that are brought.
+    __device__ __forceinline__ int x_rows(const Work& work) const {
+        return DEEP || CLUSTER_N > 1 ? a.x_rows : max(0, min(a.m - work.tile_m, a.x_rows));
+    }
+    __device__ __forceinline__ int weight_rows(const Work& work) const {
+        return DEEP || CLUSTER_M > 1 ? TILE_N : max(0, min(a.n - work.tile_n, TILE_N));
+    }
+    __device__ __forceinline__ const TensorMap* x_map(const Work& work) const {
+        return x_rows(work) < a.x_rows ? &a.last_x_map : &a.x_map;
+    }
+    __device__ __forceinline__ const TensorMap* weight_map(const Work& work) const {
+        return weight_rows(work) < TILE_N ? &a.last_weight_map : &a.weight_map;
     }
     __device__ __forceinline__ void bring_x(const Work& work, int stage, int slot) const {
         const u32 barrier = ring.full + slot * 8;
         const int k = work.k + stage * TILE_K;
+        barrier_arrive_expecting(barrier, LINES * 128 * x_rows(work));  // zeros from outside the tensors count too
         if (DEEP) {
             const int first = rank.n * (LINES / CLUSTER_N);
             const u32 target = ring.x(slot, first);
@@ -135,29 +150,32 @@ struct Bringer {
             return;
         }
         const int share = a.x_rows / CLUSTER_N, row = work.tile_m + rank.n * share;
+        if (x_rows(work) == 0) return;  // a cluster's lower tile where there is none
 #pragma unroll
         for (int line = 0; line < LINES; ++line) {
             const u32 target = ring.x(slot, line) + rank.n * share * 128;
             if (CLUSTER_N > 1)
                 copy_box_to_all(target, &a.x_map, k + line * LINE, row, barrier, EVICT_NORMAL, rank.same_m());
             else
-                copy_box(target, &a.x_map, k + line * LINE, row, barrier, EVICT_NORMAL);
+                copy_box(target, x_map(work), k + line * LINE, row, barrier, EVICT_NORMAL);
         }
     }
     __device__ __forceinline__ void bring_weight(const Work& work, int stage, int slot) const {
         const u32 barrier = ring.full + slot * 8;
         const int k = work.k + stage * TILE_K, row = work.tile_n + rank.m * SHARE_N;
+        barrier_arrive_expecting(barrier, LINES * 128 * weight_rows(work));
         if (DEEP) {
             copy_box(ring.weight(slot, 0), &a.weight_map, 0, row, k / LINE, barrier, WEIGHT_POLICY);
             return;
         }
+        if (weight_rows(work) == 0) return;
 #pragma unroll
         for (int line = 0; line < LINES; ++line) {
             const u32 target = ring.weight(slot, line) + rank.m * SHARE_N * 128;
             if (CLUSTER_M > 1)
                 copy_box_to_all(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY, rank.same_n());
             else
-                copy_box(target, &a.weight_map, k + line * LINE, row, barrier, WEIGHT_POLICY);
+                copy_box(target, weight_map(work), k + line * LINE, row, barrier, WEIGHT_POLICY);
         }
     }
     // The first stage's weights into the L2 cache, whoever still writes them.
@@ -165,34 +183,31 @@ struct Bringer {
         const int row = work.tile_n + rank.m * SHARE_N;
         if (DEEP) return prefetch_box(&a.weight_map, 0, row, work.k / LINE);
 #pragma unroll
-        for (int line = 0; line < LINES; ++line) prefetch_box(&a.weight_map, work.k + line * LINE, row);
+        for (int line = 0; line < LINES; ++line) prefetch_box(weight_map(work), work.k + line * LINE, row);
     }
     __device__ __forceinline__ int ahead(const Work& work) const { return min(work.stages, ring.depth); }
-    // Of the stages that the empty ring takes, those from `stage` to before `end`; all of x where it may be touched only later.
+    // One operand of the stages that the empty ring takes, those from `stage` to before `end`.
+    template <bool X>
     __device__ __forceinline__ void fill(const Work& work, int stage, int end) const {
 #pragma unroll 1
-        for (; stage < end; ++stage) {
-            expect(stage);
-            if (!a.weights_ready) bring_x(work, stage, stage);
-            bring_weight(work, stage, stage);
-        }
+        for (; stage < end; ++stage) bring<X>(work, stage, stage);
     }
-    __device__ __forceinline__ void follow(const Work& work) const {
-        if (!a.weights_ready) return;
-        wait_for_previous_kernel();
-#pragma unroll 1
-        for (int stage = 0; stage < ahead(work); ++stage) bring_x(work, stage, stage);
+    template <bool X>
+    __device__ __forceinline__ void bring(const Work& work, int stage, int slot) const {
+        if (X)
+            bring_x(work, stage, slot);
+        else
+            bring_weight(work, stage, slot);
     }
-    // All that follow the first `stage` stages of the CTA's first piece of work.
+    // Of all that follow the first `stage` stages of the CTA's first piece of work.
+    template <bool X>
     __device__ __forceinline__ void go_on(Work work, int stage) const {
         Place place = {stage, 1};  // the ring was empty
         if (stage == ring.depth) place = {0, 0};
         for (int index = blockIdx.x / CLUSTER;;) {
             for (; stage < work.stages; ++stage) {
                 barrier_wait(ring.empty + place.slot * 8, place.parity);
-                expect(place.slot);
-                bring_x(work, stage, place.slot);
-                bring_weight(work, stage, place.slot);
+                bring<X>(work, stage, place.slot);
                 place.advance(ring.depth);
             }
             index += gridDim.x / CLUSTER;
@@ -315,20 +330,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     const Work first(a, blockIdx.x / CLUSTER, rank);
     const int early = min(bringer.ahead(first), 2);
 
-    if (threadIdx.x == 0) {
-        fetch_tensor_map(&a.weight_map);
+    if (threadIdx.x == WEIGHT_THREAD) {
+        fetch_tensor_map(bringer.weight_map(first));
         if (!a.weights_ready) bringer.prefetch_weight(first);
     }
     __syncwarp();
     begin_as_dependent(a.weights_ready);
-    if (threadIdx.x == 0) {
-        fetch_tensor_map(&a.x_map);
+    if (threadIdx.x == WEIGHT_THREAD) {
 #pragma unroll 1
-        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 1);
+        for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.full + slot * 8, 2);
         barrier_init_fence();
         // in a cluster others have to know the barriers first; all of the ring before the CTA meets would let it wait
-        if (CLUSTER == 1) bringer.fill(first, 0, early);
-    } else if (threadIdx.x == 32) {
+        if (CLUSTER == 1) bringer.fill<false>(first, 0, early);
+    } else if (threadIdx.x == X_THREAD) {
+        fetch_tensor_map(bringer.x_map(first));
 #pragma unroll 1
         for (int slot = 0; slot < ring.depth; ++slot) barrier_init(ring.empty + slot * 8, CONSUMERS * SENDERS);
         barrier_init_fence();
@@ -339,13 +354,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_sm90(const __gri
     else
         __syncthreads();
 
-    // two consumers need more registers for their accumulators than an even share
     if (threadIdx.x < 128) {
+        // two consumers need more registers for their accumulators than an even share
         if (CONSUMERS > 1) give_registers_back<40>();
-        if (threadIdx.x == 0) {
-            bringer.fill(first, CLUSTER > 1 ? 0 : early, bringer.ahead(first));
-            bringer.follow(first);
-            bringer.go_on(first, bringer.ahead(first));
+        if (threadIdx.x == WEIGHT_THREAD) {
+            bringer.fill<false>(first, CLUSTER > 1 ? 0 : early, bringer.ahead(first));
+            bringer.go_on<false>(first, bringer.ahead(first));
+        } else if (threadIdx.x == X_THREAD) {
+            wait_for_previous_kernel();
+            bringer.fill<true>(first, 0, bringer.ahead(first));
+            bringer.go_on<true>(first, bringer.ahead(first));
         }
     } else {
         if (CONSUMERS > 1) take_registers<232>();

@@ -101,6 +101,16 @@ __device__ __forceinline__ float halve_lanes(float v) {
     return v;
 }
 
+// the same of several sums, whose shuffles do not wait for each other
+template <int N>
+__device__ __forceinline__ void halve_lanes(float (&v)[N]) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = __fadd_rn(v[i], __shfl_xor_sync(0xffffffffu, v[i], offset));
+    }
+}
+
 __device__ __forceinline__ float pair_lanes(float v) {
 #pragma unroll
     for (int offset = 1; offset < 32; offset <<= 1) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));

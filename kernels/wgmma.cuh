@@ -48,8 +48,8 @@ static __device__ __forceinline__ void take_registers() {
 #define REGS_64 REGS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define REGS_80 REGS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define REGS_96 REGS_80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define REGS_128 REGS_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-    ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define REGS_112 REGS_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define REGS_128 REGS_112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 #define ACC_4 FOUR(0)
@@ -64,7 +64,8 @@ static __device__ __forceinline__ void take_registers() {
 #define ACC_64 ACC_48, SIXTEEN(48)
 #define ACC_80 ACC_64, SIXTEEN(64)
 #define ACC_96 ACC_80, SIXTEEN(80)
-#define ACC_128 ACC_96, SIXTEEN(96), SIXTEEN(112)
+#define ACC_112 ACC_96, SIXTEEN(96)
+#define ACC_128 ACC_112, SIXTEEN(112)
 
 // c = a b + (accumulate ? c : 0), a: 64 lines, b: N lines. Zero adds nothing to a sum that starts at +0: without
 // `accumulate` the result is that of an accumulator of +0.
@@ -94,4 +95,5 @@ DEFINE_MULTIPLY_TILES(96, 48, 48, 49, 50)
 DEFINE_MULTIPLY_TILES(128, 64, 64, 65, 66)
 DEFINE_MULTIPLY_TILES(160, 80, 80, 81, 82)
 DEFINE_MULTIPLY_TILES(192, 96, 96, 97, 98)
+DEFINE_MULTIPLY_TILES(224, 112, 112, 113, 114)
 DEFINE_MULTIPLY_TILES(256, 128, 128, 129, 130)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import cufuse
-from cufuse import _gpu_linear, _gpu_linear_heads, _gpu_qkv, _gpu_stream
+from cufuse import _gpu_linear, _gpu_linear_heads, _gpu_qkv, _gpu_stream, launch
 from cufuse import _linear_small_m as small_m
 from cufuse import _linear_tiles as tiles
 from tests import gpu_record, gpu_support, sanitizer_cases
@@ -119,9 +119,10 @@ def run_kernels() -> None:
             launched += 1
     cupy.cuda.runtime.deviceSynchronize()
     print(f"{CALL}heads in the shadow", flush=True)
-    # heads in the shadow of many rows' products, which small sizes would not be given to
+    # heads in the shadow of many rows' products, which small sizes would not be given to; with several tiles a CTA
     with pytest.MonkeyPatch.context() as patch:
-        for width, k in ((128, 520), (256, 776)):
+        patch.setattr(launch, "multiprocessors", lambda device: 3)
+        for width, k, stages in ((128, 712, 2), (128, 904, 3), (256, 968, 2), (256, 1160, 3)):
             patch.setattr(_gpu_linear_heads, "_choose", lambda problem, widths, rotates, width=width: width)
             patch.setattr(_gpu_qkv, "_calls", {})
             weight, tokens = inputs.bell((6 * 128, k), 8, 0.05), 130
@@ -134,6 +135,8 @@ def run_kernels() -> None:
             case = gpu_support.against_numpy("heads in the shadow", cufuse.rms_norm_qkv, *given, *norms, **options)
             for one, other in zip(case.call(), case.expected(), strict=True):
                 gpu_support.demand_same("sanitized", one, other, case.what)
+            shape = {"TILE_N": width, "PART_STAGES": stages}
+            assert any(shape.items() <= dict(kernel.defines).items() for kernel, _ in launch._functions), shape
             launched += 1
     for reader in _gpu_stream.READERS:
         _gpu_stream.read(cupy.zeros(4 * 1001, "u4"), reader, cupy.zeros(1, "u4"))

@@ -41,6 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, machines: HostGpu) -> Iterator[HostGpu]
         ("torch", 3, 128, 64, 2, {"residual": None}),
         ("torch-rms-norm", 16, 192, 16, 8, {"residual": None}),
         ("torch", 21, 192, 32, 4, {}),
+        ("torch", 29, 128, 64, 2, {"residual": None}),  # two heads a warp, one of some
         ("torch", 64, 128, 16, 8, STILL),
         ("torch", 64, 128, 64, 2, STILL),
         ("batch-invariant", 5, 128, 32, 4, BARE),

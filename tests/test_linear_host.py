@@ -100,6 +100,9 @@ WARPGROUPS = [
     Case(257, 200, 512, WarpgroupConfiguration(2, 64, 1, 1, True), pad=8, multiprocessors=3),  # tiles of one box
     Case(129, 321, 512, WarpgroupConfiguration(2, 160, 1, 2), k_slices=3),
     Case(300, 328, 328, WarpgroupConfiguration(2, 160, 1, 1, True), multiprocessors=2),  # boxes of 32 columns
+    Case(290, 456, 456, WarpgroupConfiguration(2, 224, 1, 1, True), multiprocessors=2),
+    Case(257, 200, 264, WarpgroupConfiguration(2, 96, 2, 1, True), multiprocessors=2),  # a pair without a lower tile
+    Case(200, 330, 256, WarpgroupConfiguration(2, 64, 2, 1)),
 ]
 ANYTHING = [
     Case(1, 1, 1),
@@ -171,6 +174,9 @@ FAULTS = {
         "const int row = work.tile_n + rank.m * SHARE_N;\n        if",
         "const int row = SHARE_N;\n        if",
     ),
+    "bytes of rows that are not there": (WARPGROUPS[8], "128 * x_rows(work)", "128 * a.x_rows"),
+    "bytes of weights that are not there": (WARPGROUPS[8], "128 * weight_rows(work)", "128 * TILE_N"),
+    "rows of a tile that is not there": (WARPGROUPS[9], "a.m - work.tile_m, a.x_rows", "max(8, a.m - work.tile_m), a.x_rows"),
     "another swizzle of narrow boxes": (WARPGROUPS[7], "line & 7 : line / 2 & 3", "line & 7 : line & 3"),
     "another order of k": (WARPGROUPS[3], "x + 2 * step, weight + 2 * step", "x + 2 * (3 - step), weight + 2 * (3 - step)"),
     "the wrong sender": (WARPGROUPS[1], "other < n ? other : other + 1", "other"),
