@@ -74,6 +74,14 @@ def test_choice_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         planned(*layouts(66, 32, 8, 4096))
 
 
+def test_quarters_are_three_stages_apart_where_a_tile_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda kernel, *arguments, **options: kernel)
+    for k, stages in ((960, 2), (1024, 2), (1088, 2), (1096, 3), (4096, 3)):
+        assert dict(planned(*layouts(8192, 16, 8, k)).prepared.defines)["PART_STAGES"] == stages
+    without = {"cos": None, "sin": None}
+    assert dict(planned(*layouts(8192, 16, 8, 4096, **without)).prepared.defines)["PART_STAGES"] == 1
+
+
 def test_blocks_of_heads_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block asks for lets a multiprocessor hold its share of all blocks and no more."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
