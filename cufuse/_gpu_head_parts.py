@@ -15,7 +15,7 @@ KERNELS: Final[tuple[Kernel, ...]] = ()
 """None of its own."""
 
 _HEAD: Final = 128
-_CLUSTERS: Final = (2, 4, 8)
+_LEAST_CLUSTER: Final = 2
 _LEAST_EPS: Final = 2.0**-80
 """Below it a sum of squares of tiny elements may show whether they were rounded (head_fragment.cuh)."""
 _SUMS: Final = {"SUM_THREADS": 32, "SUM_VECTOR": 4, "SUM_EDGES": 0, "SUM_TREE": 0}
@@ -55,12 +55,9 @@ class HeadParts:
         return _ARGUMENTS.pack(*places, *pointers[3:], *self._numbers, at)
 
 
-def cluster_size(tiles: int, tile_n: int) -> int:
-    """CTAs that have whole heads between them, one tile each. Raises Unsuited where that is no size of a cluster."""
-    cluster = max(2, _HEAD // math.gcd(_HEAD, tile_n))
-    if cluster not in _CLUSTERS or tiles % cluster:
-        raise Unsuited(f"clusters of {cluster} for {tiles} tiles of {tile_n} rows")
-    return cluster
+def cluster_size(tile_n: int) -> int:
+    """The fewest CTAs, each with ``tile_n`` columns, a multiple of 16, that have whole heads between them."""
+    return max(_LEAST_CLUSTER, _HEAD // math.gcd(_HEAD, tile_n))
 
 
 def _require(block: Block, ends: Ends, row_norm: Norm, tokens: int, eps: float, alignment: int) -> None:

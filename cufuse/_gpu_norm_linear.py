@@ -125,7 +125,9 @@ class Plan:
         if heads is not None:
             if not tile_count * tile_n == p.n == heads.columns or 2 * grid > p.multiprocessors or rows.count > _WITH_HEADS:
                 raise Unsuited("tiles that are not whole heads, or that leave no room for the next launch")
-            cluster = cluster_size(tile_count, tile_n)
+            cluster = cluster_size(tile_n)
+            if tile_count % cluster:
+                raise Unsuited(f"clusters of {cluster} for {tile_count} tiles of {tile_n} rows")
         memory = _memory(rows, p, tile_n, heads.smem(cluster, tile_n) if heads is not None else 0)
         resident, depth = memory.resident, memory.depth
         x_rows = ceil_div(rows.count, 8) * 8

@@ -44,19 +44,27 @@ _ROOM: Final = 12 * 1024
 """Shared memory of a multiprocessor that is left to the small kernels of a chain."""
 _IN_FLIGHT: Final = 112 * 1024
 """Bytes of the weight that a multiprocessor asks for ahead. H200, one row, K = 4096, Q8_0: 84 KB 9.0 us, 112 KB 8.4, 224 KB 8.8."""
-_EARLY_BYTES: Final = 56 * 1024
-"""Of these, asked for while the kernel in front runs. H200, one row, K = 4096: with 112 KB 8.1 us, with 56 KB 6.8."""
+_EARLY_BYTES: Final = 28 * 1024
+"""Of these, asked for while the kernel in front runs, for x waits behind them. H200, one row, 10240 columns, K = 5120, Q4_0: with
+112 KB 11.6 us, with 56 KB 10.3, with 28 KB 9.7, with none 10.3."""
 _WITH_HEADS: Final = 1
 """Most rows whose heads the same launch finishes. H200: 5 % less at K = 1024 and one row, nothing at 8 rows."""
+_PAIR: Final = 2
+_IN_CLUSTERS: Final = 10 / 11
+"""Of the multiprocessors, in clusters of 4 and 8: the ends of GPCs are left over. An H200: 120 of 132."""
+_MOST_FINISHED: Final = 64 * 1024
+"""Bytes of the weight of a CTA whose heads the same launch finishes: while they are finished in a launch of their own, the next
+block's weight is on its way. H200, one row, Q4_0: finished 2.77 us at K = 1024 and 3.79 at 2048 (a launch of their own: 3.11 and
+4.38), but 5.45 and 7.3 at K = 2560 and 4096 of 6144 columns (5.27 and 6.41)."""
 _LEAST_BRINGERS: Final = 8
-"""Warps that fill all rings at a pace (the macro PACED), where no ring is refilled. H200, Q4_0, one row: 0.24 us less at K = 2560
-and 0.40 at K = 4096; 8 rows of 4096: 1.4 us less. With two such warps it took longer (8 rows of 1024: 0.9 us)."""
+"""Warps that fill the rings of several rows at a pace (the macro PACED), where none is refilled. H200, Q4_0: 8 rows of 4096 take
+1.4 us less; with two such warps it took longer (8 rows of 1024: 0.9 us). One row: 0.1 us longer at K = 2560 and 4096."""
 _HEAD_BYTES: Final = 120
 
 
 @dataclass(frozen=True)
 class _Deal:
-    """Work and shared memory of a launch: CTAs, tiles of each, tiles that one works on at a time, rounds, stages of a ring, CTAs
+    """Work and shared memory of a launch: CTAs, most tiles of one, tiles that it works on at a time, rounds, stages of a ring, CTAs
     of a cluster (0: none), threads, whether rings are filled at a pace, and places."""
 
     grid: int
@@ -134,16 +142,28 @@ def _deal_out(rows: Rows, p: Product, multiprocessors: int, shared_memory: int, 
     grid = min(high, multiprocessors)
     each, cluster = ceil_div(high, grid), 0
     if heads is not None:
-        if rows.count > _WITH_HEADS or p.n % (tiles.ROWS * each) or heads.columns != p.n or p.out_float32:
-            raise Unsuited("tiles that are not whole heads, or more than multiprocessors")
-        grid = high // each
-        cluster = cluster_size(grid, tiles.ROWS * each)
+        if rows.count > _WITH_HEADS or heads.columns != p.n or p.out_float32:
+            raise Unsuited("several rows, or columns that are not the heads'")
+        each, cluster = _whole_heads(high, multiprocessors)
+        grid = ceil_div(high, each * cluster) * cluster
+        if each * p.pieces * tiles.piece_bytes(p.form) > _MOST_FINISHED:
+            raise Unsuited("so much weight that the next launch has to ask for its own early")
     for at_once in range(max(1, min(_MOST_WARPS // p.slices, each)), 0, -1):
         rounds = ceil_div(each, at_once)
         found = _laid_out(rows, p, (grid, each, ceil_div(each, rounds), rounds), cluster, shared_memory, heads)
         if found is not None:
             return found
     raise Unsuited("shared memory, or too few warps")
+
+
+def _whole_heads(high: int, multiprocessors: int) -> tuple[int, int]:
+    """Tiles of a CTA and CTAs of a cluster for ``high`` tiles of whole heads, a CTA to a multiprocessor."""
+    for each in range(ceil_div(high, multiprocessors), high + 1):
+        cluster = cluster_size(tiles.ROWS * each)
+        room = multiprocessors if cluster == _PAIR else int(multiprocessors * _IN_CLUSTERS)
+        if ceil_div(high, each * cluster) * cluster <= room:
+            return each, cluster
+    raise Unsuited("fewer multiprocessors than a cluster has CTAs")
 
 
 def _laid_out(
@@ -171,7 +191,7 @@ def _laid_out(
     depth = min(left // stage, _MOST_DEPTH, stages, max(2, _IN_FLIGHT // stage))
     if depth < min(2, stages):
         return None
-    paced = 1 < depth == stages and (threads - readers) // 32 >= _LEAST_BRINGERS
+    paced = rows.count > 1 and 1 < depth == stages and (threads - readers) // 32 >= _LEAST_BRINGERS
     y_at = ceil_div(_BARRIER_BYTES + depth * stage, 128) * 128
     row_at = ceil_div(y_at + y_bytes, 16) * 16
     sums_at = ceil_div(row_at + row_bytes, 16) * 16

@@ -6,7 +6,7 @@ from typing import Final
 
 from cufuse import _driver
 from cufuse._linear_problem import Launch, ceil_div
-from cufuse._linear_quantised_wgmma import CAPABILITY, COLUMNS, WGMMA, Warpgroups, candidates, plan_wgmma
+from cufuse._linear_quantised_wgmma import WGMMA, Warpgroups, candidates, plan_wgmma
 from cufuse.compiler import Kernel
 from cufuse.quantised import tiles
 from cufuse.quantised.formats import FORMATS, Format
@@ -184,10 +184,6 @@ def _candidates(product: Product, machine: Machine) -> list[Streamed | Warpgroup
     cluster = 2 if machine.capability <= _LAST_WITH_MULTICAST else 1
     # measured on an H200: up to 16 rows are faster so than by warpgroups
     few = [Streamed(form, 16, parts, False)] if product.m <= 16 else []
-    half_idle = machine.capability == CAPABILITY and 2 * ceil_div(product.n, COLUMNS) <= machine.multiprocessors
-    if 16 < product.m <= 32 and form == "Q4_0" and half_idle:
-        # where warpgroups leave half of the multiprocessors without work: 32 rows, 4096 columns, K = 1024: 5.0 us, by them 6.1
-        few = [Streamed(form, 32, parts, False)]
     return [
         *few,
         *candidates(product, machine),

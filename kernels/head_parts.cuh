@@ -21,7 +21,7 @@
 
 constexpr int HEAD = 128, HEAD_LANES = 16;  // lanes of 16 bytes
 constexpr u32 HEAD_BYTES = 2 * HEAD;
-constexpr int CLUSTER_HEADS = CLUSTER * TILE_N / HEAD, MOST_OWN = 64 / CLUSTER;
+constexpr int CLUSTER_HEADS = CLUSTER * TILE_N / HEAD;
 static_assert(CLUSTER * TILE_N % HEAD == 0 && CLUSTER >= 2 && CLUSTER <= 8, "whole heads; a lane an own token");
 
 struct HeadPlaces {
@@ -42,9 +42,12 @@ struct HeadArguments {
 typedef Pack<u16, 4> HeadVector;
 typedef Pack<u16, 8> HeadLine;
 
-// WORKERS: warps that finish heads.
-template <int WORKERS>
+// WORKERS: warps that finish heads. MOST_TOKENS: of the call, so that no registers are kept for more. WHOLE: the last cluster has as
+// many heads as the others.
+template <int WORKERS, int MOST_TOKENS, bool WHOLE>
 struct HeadParts {
+    static constexpr int MOST_OWN = (MOST_TOKENS + CLUSTER - 1) / CLUSTER;
+    static constexpr int MOST_EACH = (MOST_OWN * CLUSTER_HEADS + WORKERS - 1) / WORKERS;  // heads of a warp
     const HeadArguments& a;
     unsigned char* memory;  // at `at`
     u32 barrier;
@@ -54,6 +57,11 @@ struct HeadParts {
     static __device__ __forceinline__ int rank() { return blockIdx.x % CLUSTER; }
     __device__ __forceinline__ int most_own() const { return (tokens + CLUSTER - 1) / CLUSTER; }
     __device__ __forceinline__ int own() const { return (tokens - rank() + CLUSTER - 1) / CLUSTER; }
+    // Heads of this cluster.
+    __device__ __forceinline__ int heads_here() const {
+        const int left = a.heads + 2 * a.kv_heads - (int)blockIdx.x / CLUSTER * CLUSTER_HEADS;
+        return WHOLE ? CLUSTER_HEADS : min(CLUSTER_HEADS, left);
+    }
     __device__ __forceinline__ u16* weight(int which) const { return (u16*)(memory + which * HEAD_BYTES); }
     __device__ __forceinline__ u16* table(int which, int slot) const { return (u16*)(memory + (2 + 2 * slot + which) * HEAD_BYTES); }
     __device__ __forceinline__ int* rows() const { return (int*)(memory + (2 + 2 * most_own()) * HEAD_BYTES); }
@@ -63,7 +71,7 @@ struct HeadParts {
     __device__ __forceinline__ void begin() const {
         barrier_init(barrier, 4 * 32 + 1);
         barrier_init_fence();
-        barrier_arrive_expecting(barrier, own() * CLUSTER_HEADS * HEAD_BYTES);
+        barrier_arrive_expecting(barrier, own() * heads_here() * HEAD_BYTES);
     }
 
     // Four warps, `warp` 0 to 3; `brought` follows.
@@ -146,9 +154,9 @@ struct HeadParts {
     __device__ __forceinline__ void finish() const {
         if (own() > 0) barrier_wait(barrier, 0);
         const int most = (own() * CLUSTER_HEADS + WORKERS - 1) / WORKERS;
-        if (most > 2)
+        if (MOST_EACH > 2 && most > 2)
             finish_together<4>();
-        else if (most > 1)
+        else if (MOST_EACH > 1 && most > 1)
             finish_together<2>();
         else
             finish_together<1>();
@@ -178,7 +186,8 @@ struct HeadParts {
                 // pair by pair: of two whole packs one would be chosen by its address, in local memory
 #pragma unroll
                 for (int i = 0; i < 2; ++i) z[j].pairs[i] = heads[j].which < 2 ? z[j].pairs[i] : x[j].pairs[i];
-                if (first + j * WORKERS < count && row >= 0) store(target, lane, z[j]);
+                const int i = first + j * WORKERS;
+                if (i < count && row >= 0 && (WHOLE || i % CLUSTER_HEADS < heads_here())) store(target, lane, z[j]);
             }
         }
     }

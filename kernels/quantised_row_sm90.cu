@@ -10,10 +10,10 @@
 // tile is contiguous in memory (cufuse/quantised/tiles.py); it comes by bulk copies into a ring of the warp's own, DEPTH stages of
 // STAGE_PIECES pieces, which the warp refills itself as soon as it has read one.
 //
-// PACED 0: each warp fills its own ring, the last stages behind the loads of x. 1: the warps that do not normalise fill all rings,
-// with one stage of each under way until x has come, which waits behind what was asked for before.
-// CLUSTER 2, 4 or 8 (ROWS 1): a CTA has EACH tiles beside each other, a cluster whole heads, which it finishes instead of writing
-// `out` (head_parts.cuh). 0: tiles are dealt out in turn.
+// PACED 0: each warp fills its own ring, the last stages behind the loads of x. 1 (several rows): the warps that do not normalise
+// fill all rings, with one stage of each under way until x has come, which waits behind what was asked for before.
+// CLUSTER 2, 4 or 8 (ROWS 1): a CTA has EACH tiles beside each other, the last ones fewer or none, a cluster whole heads, which it
+// finishes instead of writing `out` (head_parts.cuh). 0: tiles are dealt out in turn.
 //
 // x, residual, total [ROWS, K] with unit stride in a row, weight of the norm [K]: 16 bytes at a time.
 // weight [ceil(n / 16), K / PIECE_K, PIECE_BYTES]. out [ROWS, n].
@@ -58,7 +58,7 @@ constexpr int REGISTERS_LEFT = CLUSTER > 0 ? 0 : 128;  // threads of the kernel 
 static_assert(COLUMNS % PIECE_K == 0 && (SLICES == 1 || TILES < 14), "whole pieces; barriers");
 static_assert(MULTIPLIERS / 32 * DEPTH * 8 <= X_HAS_COME_AT && NORM_WEIGHT_AT + 8 <= 2048, "barriers");
 static_assert(CLUSTER == 0 || ROWS == 1, "heads of one row");
-static_assert(!PACED || (THREADS > READERS && !REFILLED), "somebody fills all rings, once");
+static_assert(!PACED || (ROWS > 1 && THREADS > READERS && !REFILLED), "somebody fills all rings, once");
 
 struct Arguments {
     const unsigned char* weight;
@@ -114,7 +114,15 @@ struct Share {
     }
 };
 
-// PACED: by each lane that has a ring of its own to fill, and the others of its warp.
+#if PACED
+// Until a load has come.
+static __device__ __forceinline__ void need(u32 loaded) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : : "r"(loaded) : "memory");
+#endif
+}
+
+// By each lane that has a ring of its own to fill, and the others of its warp.
 static __device__ __forceinline__ void keep_pace(Share& share, bool exists, u32 x_has_come) {
     int stage = 0;
     if (exists) share.copy_stage(stage++, true);
@@ -126,6 +134,7 @@ static __device__ __forceinline__ void keep_pace(Share& share, bool exists, u32 
     if (exists) share.fill(stage, DEPTH, true);
     __syncwarp();
 }
+#endif
 
 // y from shared memory: this lane's line of the matrices for two sixteens of k. Tokens that do not exist repeat the
 // last, or beyond eight are whatever lies there.
@@ -150,13 +159,6 @@ static __device__ __forceinline__ void multiply_piece(Accumulators& acc, const u
         multiply_chunk(acc, load_chunk(piece + chunk * CHUNK_BYTES, lane), ends, x);
 }
 
-// Until a load has come.
-static __device__ __forceinline__ void need(u32 loaded) {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : : "r"(loaded) : "memory");
-#endif
-}
-
 // Until the slices of a tile have left their sums. Those that `leave` need not wait: nothing more comes for them.
 static __device__ __forceinline__ void meet_slices(u32 barrier, bool leave) {
     if (SLICES == 1)
@@ -176,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + REGISTERS_LEFT, 1)
     const int count = min(SLICE_PIECES, PIECES - begin);
     // tiles of the CTA, from the first to before the last, and the distance of two of them
     const int first = CLUSTER > 0 ? blockIdx.x * EACH : blockIdx.x, next = CLUSTER > 0 ? 1 : gridDim.x, step = next * TILES;
-    const int tiles = CLUSTER > 0 ? first + EACH : (a.n + 15) / 16;
+    const int tiles = CLUSTER > 0 ? min(first + EACH, a.n / 16) : (a.n + 15) / 16;
     const bool multiplies = MULTIPLIERS == THREADS || warp < MULTIPLIERS / 32, reads = READERS == THREADS || warp < READERS / 32;
     int tile = multiplies ? first + next * tile_of_cta : tiles;
     const auto share_of = [&](int ring) -> Share {
@@ -190,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + REGISTERS_LEFT, 1)
     Share share = share_of(warp);
 
 #if CLUSTER > 0
-    const HeadParts<MULTIPLIERS / 32> parts = {a.heads, memory + a.heads.at, shared + HEADS_AT, ROWS, a.eps};
+    const HeadParts<MULTIPLIERS / 32, 1, false> parts = {a.heads, memory + a.heads.at, shared + HEADS_AT, ROWS, a.eps};
     if (threadIdx.x == 0) parts.begin();
     __syncwarp();
     arrive_at_cluster();
@@ -227,11 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + REGISTERS_LEFT, 1)
         if (warp == 0) {
             if (!a.weights_ready) arrive_threads(WEIGHTS_MAY_COME, MEETING);
             if (sends) {
-#if ROWS == 1
-                need(row.x[0].pairs[0]);
-#else
                 need(rows.x[0].pairs[0]);
-#endif
                 barrier_arrive(x_has_come);
             }
             __syncwarp();

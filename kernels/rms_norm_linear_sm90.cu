@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rms_norm_linear_sm90(co
     // the first lane's, so that the compiler sees that the warp is of one mind
     const int warp = (int)__shfl_sync(0xffffffffu, (float)(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
 #if CLUSTER > 0
-    const HeadParts<WARPS> parts = {a.heads, memory + a.heads.at, ring.pieces + PIECES * 8, a.m, a.eps};
+    const HeadParts<WARPS, LOCAL ? ROWS : X_ROWS, true> parts = {a.heads, memory + a.heads.at, ring.pieces + PIECES * 8, a.m, a.eps};
     if (threadIdx.x == GROUP) parts.begin();
     __syncwarp();
     arrive_at_cluster();

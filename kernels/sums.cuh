@@ -95,13 +95,7 @@ __device__ __forceinline__ float join(const float (&chains)[4]) {
 }
 
 // a warp's tree; xor shuffles pair what shuffles down pair for lane 0, and every lane ends with lane 0's bits
-__device__ __forceinline__ float halve_lanes(float v) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));
-    return v;
-}
-
-// the same of several sums, whose shuffles do not wait for each other
+// of several sums, whose shuffles do not wait for each other
 template <int N>
 __device__ __forceinline__ void halve_lanes(float (&v)[N]) {
 #pragma unroll
@@ -109,6 +103,12 @@ __device__ __forceinline__ void halve_lanes(float (&v)[N]) {
 #pragma unroll
         for (int i = 0; i < N; ++i) v[i] = __fadd_rn(v[i], __shfl_xor_sync(0xffffffffu, v[i], offset));
     }
+}
+
+__device__ __forceinline__ float halve_lanes(float v) {
+    float sums[1] = {v};
+    halve_lanes(sums);
+    return sums[0];
 }
 
 __device__ __forceinline__ float pair_lanes(float v) {

@@ -53,6 +53,9 @@ _IN_FRONT: Final = ("starts", "kernels in front ended", "rows ready", "first wei
 _EVENTS: Final = {
     "rms_norm_linear_sm90": (*_IN_FRONT, "last weights there", "products stored"),
     "quantised_row_sm90": (*_IN_FRONT, "", "products stored"),
+    "quantised_wgmma_sm90": (*_IN_FRONT[:2], "", "first weights there", "products made", "products stored"),
+    "quantised_linear_sm90": (*_IN_FRONT[:2], "", "first weights there", "products made", "products stored"),
+    "rms_norm": ("starts", "kernels in front ended", "stored"),
     "heads": ("starts", "products may be read", "stored"),
 }  # fmt: skip
 # behind which text of a kernel which event is marked, or in front of which ("^")
@@ -71,6 +74,26 @@ _PLACES: Final = {
         ("    __syncthreads();\n^#if CLUSTER > 0\n    wait_for_cluster();", 2),
         ("            barrier_wait(share.barriers + place.slot * 8, place.parity);\n", "left == count && round == 0 ? 3 : 6"),
         ("^#if CLUSTER > 0\n    if (multiplies) parts.finish();", 5),
+    ),
+    "quantised_wgmma_sm90": (
+        ("^    let_next_kernel_begin();\n    if (brings)", 0),
+        ("    wait_for_previous_kernel();\n", 1),
+        ("        if (share < a.slices) consumer.begin_loading();\n", 3),
+        ("^        // the last round's by all", 4),
+        ("a.pairs}, c, tile * 16, token, lane);\n        }\n", 5),
+    ),
+    "quantised_linear_sm90": (
+        ("^    let_next_kernel_begin();\n", 0),
+        ("    wait_for_previous_kernel();\n", 1),
+        ("                if (count > 0) barrier_wait(stream.barriers + place.slot * 8, place.parity);\n", "offset == 0 ? 3 : 6"),
+        ("^            float4* sums = (float4*)(memory + a.sums_at)", 4),
+        ("acc, tile * 16, first_token, lane);\n", 5),
+    ),
+    "rms_norm": (
+        ("^    if (a.next_begins_early) let_next_kernel_begin();\n", 0),
+        ("    wait_for_previous_kernel();\n^    if (!a.next", 1),
+        ("    normalise_in_registers(a, thread, place);\n", 2),
+        ("    normalise_in_shared_memory(a, thread, row, place);\n", 2),
     ),
     "heads": (
         ("^    let_next_kernel_begin();\n", 0),

@@ -102,22 +102,42 @@ def test_few_rows_are_normalised_by_the_projection(
         demand_block(given | {"qkv_weight": packed, "static_weights": static} | changed, f"static weights {static}", bring)
 
 
-@pytest.mark.parametrize(("form", "multiprocessors"), [("Q4_0", 4), ("Q8_0", 32), ("Q6_K", 4)])
+@pytest.mark.parametrize(
+    ("form", "multiprocessors", "parts"),
+    [
+        ("Q4_0", 14, "by 4 of 6 tiles"),  # in two rounds; of the last cluster's CTAs one has four tiles and one none
+        ("Q8_0", 27, "by 8 of 3 tiles"),  # two heads in the last cluster, three in the others
+        ("Q8_0", 36, "by 4 of 2 tiles"),
+        ("Q6_K", 16, "by 2 of 4 tiles"),
+    ],
+)
 def test_heads_are_finished_by_the_projection(
-    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, form: str, multiprocessors: int
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, form: str, multiprocessors: int, parts: str
 ) -> None:
     """By clusters, which send their parts to one of their CTAs."""
+    gpu.tensor_cores.launched.clear()
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(_gpu_qkv_chain.Chain, "_heads", lambda *arguments: pytest.fail("a kernel for the heads"))
     given = block(RECIPES["block-scaled"], tokens=(1,), dimensions=D, hidden=1024) | {"k_slices": None}
     packed = quantised.concatenate(weights(form, form, form, hidden=1024))
     for static, changed in ((False, {}), (True, {"residual": None})):
         demand_block(given | {"qkv_weight": packed, "static_weights": static} | changed, f"static weights {static}", bring)
+    assert all(parts in kernel.name for kernel in gpu.tensor_cores.launched)
+
+
+def test_much_weight_leaves_heads_to_a_launch_of_their_own(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next block's weight may be asked for while they are finished."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 4)
+    gpu.launched.clear()
+    given = block(RECIPES["block-scaled"], tokens=(1,), dimensions=D, hidden=1024) | {"k_slices": None}
+    packed = quantised.concatenate(weights("Q4_0", "Q4_0", "Q4_0", hidden=1024))
+    demand_block(given | {"qkv_weight": packed}, "16 tiles a CTA", bring)
+    assert {kernel.source for kernel in gpu.launched} == {"heads.cu"}
 
 
 def test_what_heads_need_is_announced_behind_the_barrier_s_beginning(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever warp comes first: in these orders of events one arrived before there was a barrier."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 64)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 71)
     given = block(RECIPES["block-scaled"], tokens=(1,), dimensions=D, seed=445, hidden=1024)
     given |= {"k_slices": None, "qkv_weight": random_weight("Q4_0", 8 * D, 1024, 445), "residual": None, "static_weights": True}
     for seed, changed in ((1, {"q_norm_weight": None, "k_norm_weight": None}), (32, {})):
@@ -126,12 +146,11 @@ def test_what_heads_need_is_announced_behind_the_barrier_s_beginning(gpu: HostGp
         demand_block(given | changed, f"seed {seed}", bring)
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_rings_are_filled_at_a_pace(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_rings_are_filled_at_a_pace(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the warps that do not normalise; a stage of each ring until x has come."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 22)
     gpu.tensor_cores.launched.clear()
-    given = block(RECIPES["block-scaled"], tokens=(tokens,), dimensions=D, hidden=1024) | {"k_slices": None}
+    given = block(RECIPES["block-scaled"], tokens=(8,), dimensions=D, hidden=1024) | {"k_slices": None}
     packed = quantised.concatenate(weights("Q8_0", "Q8_0", "Q8_0", hidden=1024))
     for static in (False, True):
         gpu.tensor_cores.seed = 1 + static

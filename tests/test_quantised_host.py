@@ -111,21 +111,21 @@ STREAMED = [
     Case("Q6_K", 1, 600, 512, k_slices=1, multiprocessors=1),
 ]
 WGMMA = [
-    Case("Q4_0", 9, 100, 960, configuration=Warpgroups("Q4_0", 32, 4, 1), programmatic=True),
-    Case("Q8_0", 16, 150, 512, k_slices=3, configuration=Warpgroups("Q8_0", 32, 2, 2), out_dtype=bfloat16),
-    Case("Q4_0", 33, 200, 960, configuration=Warpgroups("Q4_0", 32, 4, 1), out_dtype=bfloat16, pad=8),
-    Case("Q8_0", 32, 270, 1280, k_slices=5, configuration=Warpgroups("Q8_0", 32, 2, 2)),
-    Case("Q4_0", 64, 70, 2048, configuration=Warpgroups("Q4_0", 64, 4, 1)),  # rings come round
-    Case("Q4_0", 65, 100, 576, configuration=Warpgroups("Q4_0", 64, 4, 1, 2), out_dtype=bfloat16),
-    Case("Q8_0", 100, 130, 320, configuration=Warpgroups("Q8_0", 64, 2, 2)),
-    Case("Q4_0", 64, 300, 640, configuration=Warpgroups("Q4_0", 64, 2, 2, 2), out_dtype=bfloat16),
-    Case("Q8_0", 17, 70, 512, x_dtype=bfloat16, pad=3, offset=2, configuration=Warpgroups("Q8_0", 64, 4, 1)),
-    Case("Q4_K", 16, 100, 2048, configuration=Warpgroups("Q4_K", 32, 4, 1), out_dtype=bfloat16),
-    Case("Q4_K", 40, 200, 768, configuration=Warpgroups("Q4_K", 64, 2, 2, 2), k_slices=2),
-    Case("Q4_0", 64, 64, 512, configuration=Warpgroups("Q4_0", 64, 4, 1)),
-    Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 4, 1, 2)),
-    Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 64, 4, 1, 2)),
-    Case("Q4_0", 69, 130, 960, configuration=Warpgroups("Q4_0", 64, 2, 2)),  # the last stages are shorter than x's ring
+    Case("Q4_0", 9, 100, 960, configuration=Warpgroups("Q4_0", 32, 4), programmatic=True),
+    Case("Q8_0", 16, 150, 512, k_slices=3, configuration=Warpgroups("Q8_0", 32, 2), out_dtype=bfloat16),
+    Case("Q4_0", 33, 200, 960, configuration=Warpgroups("Q4_0", 32, 4), out_dtype=bfloat16, pad=8),
+    Case("Q8_0", 32, 270, 1280, k_slices=5, configuration=Warpgroups("Q8_0", 32, 2)),
+    Case("Q4_0", 64, 70, 2048, configuration=Warpgroups("Q4_0", 64, 4)),  # rings come round
+    Case("Q4_0", 65, 100, 576, configuration=Warpgroups("Q4_0", 64, 3), out_dtype=bfloat16),
+    Case("Q8_0", 100, 130, 320, configuration=Warpgroups("Q8_0", 64, 4)),
+    Case("Q4_0", 64, 300, 640, configuration=Warpgroups("Q4_0", 64, 2), out_dtype=bfloat16),
+    Case("Q8_0", 17, 70, 512, x_dtype=bfloat16, pad=3, offset=2, configuration=Warpgroups("Q8_0", 64, 2)),
+    Case("Q4_K", 16, 100, 2048, configuration=Warpgroups("Q4_K", 32, 2), out_dtype=bfloat16),
+    Case("Q4_K", 40, 200, 768, configuration=Warpgroups("Q4_K", 64, 2), k_slices=2),
+    Case("Q4_0", 64, 64, 512, configuration=Warpgroups("Q4_0", 64, 2)),
+    Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 2)),
+    Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 64, 2)),
+    Case("Q4_0", 69, 130, 960, configuration=Warpgroups("Q4_0", 64, 2)),  # slices of three pieces: of their last stages one is read
     Case("Q4_0", 33, 70, 1088),
     Case("Q8_0", 20, 70, 1088),
 ]
@@ -213,10 +213,9 @@ FAULTS = {
     "another order of the last": (WGMMA[0], "kept[other * SHARE_UNITS]", "kept[(4 - other) * SHARE_UNITS]"),
     "another order of shares": (WGMMA[0], "add_kept(acc, sums + other * SHARE", "add_kept(acc, sums + (4 - other) * SHARE"),
     "products not waited for": (WGMMA[3], "wait_for_products<0>();", ""),
-    "x of a share not waited for": (WGMMA[2], "barrier_wait(x_full, x_parity);", ""),
-    "x of a share overwritten": (WGMMA[4], "barrier_wait(shared + X_EMPTY + slot * 8, x_place.parity);", ""),
-    "weights of a share not waited for": (WGMMA[4], "if (exists) barrier_wait(", "if (false) barrier_wait("),
-    "weights brought too early": (WGMMA[4], "if (++read <= 0) continue;", "if (++read <= -1) continue;"),
+    "a share's stage not waited for": (WGMMA[4], "barrier_wait(full, parity);", ""),
+    "a share's stage overwritten": (WGMMA[4], "barrier_wait(bringer.barriers", "barrier_completed(bringer.barriers"),
+    "x brought to another stage": (WGMMA[4], "copy_box(ring + at.place.slot", "copy_box(ring + !at.place.slot"),
     "a full ring refilled": (STREAMED[13], "barrier_wait(empty + place.slot * 8, place.parity);", ""),
 }
 

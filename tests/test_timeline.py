@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cufuse import _driver, _gpu_heads, _gpu_norm_linear, _gpu_norm_quantised, compiler, launch
+from cufuse import (
+    _driver,
+    _gpu_heads,
+    _gpu_norm,
+    _gpu_norm_linear,
+    _gpu_norm_quantised,
+    _linear_quantised,
+    _linear_quantised_wgmma,
+    compiler,
+    launch,
+)
 from cufuse.compiler import Kernel
 from tests import gpu_timeline
 from tests.gpu_timeline import marked, marked_kernels
@@ -25,7 +35,7 @@ def _one_of_each() -> list[Kernel]:
 def test_marked_kernels_compile(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
     kernels = _one_of_each()
-    assert len(kernels) == 5
+    assert len(kernels) == 8
     plain = {kernel.name: compiler.compile_ptx(kernel, "sm_90a") for kernel in kernels}
     with marked_kernels():
         for kernel in kernels:
@@ -46,9 +56,12 @@ def test_the_place_of_the_times_is_the_last_argument(kernel: Kernel, tmp_path: A
     packed = {
         "heads": _gpu_heads._ARGUMENTS.size,
         "quantised_row_sm90": _gpu_norm_quantised._ARGUMENTS.size,
+        "quantised_linear_sm90": _linear_quantised._STREAMED.size + _driver._MAP_BYTES,
+        "quantised_wgmma_sm90": _linear_quantised_wgmma._ARGUMENTS.size + _driver._MAP_BYTES,
+        "rms_norm": _gpu_norm._POINTERS.size + _gpu_norm._NUMBERS.size,
         "rms_norm_linear_sm90": _gpu_norm_linear._ARGUMENTS.size + 2 * _driver._MAP_BYTES,
     }[kernel.entry]
-    heads = kernel.entry != "heads" and dict(kernel.defines)["CLUSTER"] > 0
+    heads = kernel.entry in ("quantised_row_sm90", "rms_norm_linear_sm90") and dict(kernel.defines)["CLUSTER"] > 0
     with marked_kernels() as folder:
         path = folder / f"{kernel.entry}.cu"
         text = path.read_text(encoding="utf-8")
