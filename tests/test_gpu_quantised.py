@@ -142,7 +142,7 @@ def test_every_configuration(configuration: Any) -> None:
 
 @pytest.mark.parametrize("configuration", WGMMA, ids=str)
 def test_every_configuration_of_warpgroups(configuration: Any) -> None:
-    """Rows that fill no tile, columns that fill no block or cluster, slices of unequal length, fewer than there are shares."""
+    """Rows that fill no tile, columns that fill no block, slices of unequal length, fewer than there are shares."""
     if not configuration.kernel.runs_on(launch.capability(0)):
         pytest.skip("not for this GPU")
     piece, tokens = tiles.piece_columns(FORMATS[configuration.form]), configuration.tokens
