@@ -126,6 +126,8 @@ WGMMA = [
     Case("Q4_0", 70, 600, 1088, configuration=Warpgroups("Q4_0", 64, 2)),
     Case("Q8_0", 40, 90, 1088, configuration=Warpgroups("Q8_0", 64, 2)),
     Case("Q4_0", 69, 130, 960, configuration=Warpgroups("Q4_0", 64, 2)),  # slices of three pieces: of their last stages one is read
+    Case("Q4_0", 20, 40, 64, k_slices=1, configuration=Warpgroups("Q4_0", 32, 4)),  # shares without slices, rings of one stage
+    Case("Q8_0", 40, 129, 448, k_slices=2, configuration=Warpgroups("Q8_0", 32, 4)),
     Case("Q4_0", 33, 70, 1088),
     Case("Q8_0", 20, 70, 1088),
 ]
@@ -209,6 +211,7 @@ FAULTS = {
     "a stage overwritten": (STREAMED[16], "stream.copy_stage(a, place.slot, lane)", "stream.copy_stage(a, !place.slot, lane)"),
     "x not waited for": (STREAMED[13], "barrier_wait(x_full + x_place.slot * 8, x_place.parity);", ""),
     "a share's sums not waited for": (WGMMA[0], "barrier_wait(shared + SUM_FULL + from * 8, round & 1);", ""),
+    "a share's sums overwritten": (WGMMA[0], "if (round > 0) barrier_wait(shared + SUM_EMPTY + warp * 8, round - 1 & 1);", ""),
     "last sums not waited for": (WGMMA[0], "sync_threads(2, WARPS * 32);", ""),
     "another order of the last": (WGMMA[0], "kept[other * SHARE_UNITS]", "kept[(4 - other) * SHARE_UNITS]"),
     "another order of shares": (WGMMA[0], "add_kept(acc, sums + other * SHARE", "add_kept(acc, sums + (4 - other) * SHARE"),
