@@ -79,6 +79,14 @@ def test_wrong_options(wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys
     assert f"error: {wrong[0]} {wrong[1]}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("launched", [(), ("heads",), ("rms_norm",), ("rms_norm", "heads")])
+def test_products_without_marks(launched: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="64 rows of these weights go to kernels without marks"):
+        gpu_timeline.require_products(launched, 64)
+    for product in gpu_timeline._PLACES.keys() - {"heads", "rms_norm"}:
+        gpu_timeline.require_products((*launched, product), 64)
+
+
 def test_rows_of_times() -> None:
     """Two CTAs, four blocks a microsecond apart; one CTA's mark is missing."""
     times = np.zeros((4, 2, gpu_timeline.SLOTS), np.int64)
